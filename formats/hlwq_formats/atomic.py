@@ -1,0 +1,225 @@
+"""A new file that appears whole or not at all.
+
+Everything is written to OUT.part beside OUT, under a lock on OUT.part itself, and renamed at the end. The
+lock is taken on the open file, so it needs no third file and ends with the process, however that ends.
+A leftover of a dead process is unlinked and never truncated: it may be a hard link to something dear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import stat
+import sys
+from types import TracebackType
+
+from .errors import CannotCreate, HlwqError, IoFailure, Locked
+
+_RENAME_NOREPLACE = 1
+_RENAME_EXCL = 4
+_AT_FDCWD = -100
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Refuse (CannotCreate) a destination that exists, or with `overwrite` one that is no regular file."""
+    path = os.fspath(path)
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        status = None
+    except (OSError, ValueError) as error:
+        raise _cannot_create(path, error) from None
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        raise CannotCreate("exists and is not a regular file", file=path, hint="choose another output")
+    if status is not None and not overwrite:
+        raise CannotCreate("exists already", file=path, hint="choose another output or pass --overwrite")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise CannotCreate("its folder does not exist", file=path, hint="create the folder first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CannotCreate("its folder is not writable", file=path)
+
+
+class AtomicFile:
+    """OUT.part, open for writing by position, until `publish` or `abandon`."""
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool) -> None:
+        check_destination(path, overwrite=overwrite)
+        self.path = os.fspath(path)
+        self.part = self.path + ".part"
+        self._overwrite = overwrite
+        self._fd = self._create_locked()
+
+    def _create_locked(self) -> int:
+        import fcntl  # not on Windows, which only reads
+
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        for _ in range(8):  # every round but the first follows a race with another process
+            self._unlink_stale()
+            try:
+                fd = os.open(self.part, flags, 0o666)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise _cannot_create(self.part, error) from None
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_ours(fd):
+                    return fd
+            except BlockingIOError:
+                pass
+            except OSError as error:  # a file system without locks: O_EXCL still lets one of us in
+                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    return fd
+                os.close(fd)
+                raise _cannot_create(self.part, error) from None
+            os.close(fd)
+        raise self._locked()
+
+    def _unlink_stale(self) -> None:
+        """Remove the .part of a process that died; Locked when its process lives."""
+        import fcntl
+
+        try:
+            fd = os.open(self.part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise CannotCreate("exists and is not a regular file", file=self.part, hint="remove it")
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._is_ours(fd):
+                os.unlink(self.part)
+        except BlockingIOError:
+            raise self._locked() from None
+        except OSError as error:
+            raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
+        finally:
+            os.close(fd)
+
+    def _is_ours(self, fd: int) -> bool:
+        """Whether the path still leads to the file that we hold the lock of."""
+        try:
+            return os.path.samestat(os.fstat(fd), os.lstat(self.part))
+        except FileNotFoundError:
+            return False
+
+    def _locked(self) -> Locked:
+        return Locked("another process is writing this output", file=self.part, hint="wait for it and try again")
+
+    def reserve(self, size: int) -> None:
+        """Ask the file system for `size` bytes now, so that a full disk shows at the start."""
+        if not hasattr(os, "posix_fallocate") or size == 0:
+            return
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise self._failed(error, size) from None
+            # a file system that cannot reserve: the writes will tell
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write all of `data` at `offset`."""
+        view = memoryview(data)
+        try:
+            while view:
+                written = os.pwrite(self._fd, view, offset)
+                offset += written
+                view = view[written:]
+        except OSError as error:
+            raise self._failed(error, offset + len(view)) from None
+
+    def sync(self, size: int | None = None) -> None:
+        """Force everything to disk, cutting the file to `size` first. A failed fsync is final."""
+        try:
+            if size is not None:
+                os.ftruncate(self._fd, size)
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._failed(error, size or 0) from None
+
+    def publish(self) -> None:
+        """Give the synced file its name. Without `overwrite` an existing file is never replaced."""
+        try:
+            if self._overwrite:
+                check_destination(self.path, overwrite=True)
+                os.replace(self.part, self.path)
+            else:
+                rename_new(self.part, self.path)
+        except FileExistsError:
+            raise CannotCreate("appeared while the conversion ran", file=self.path) from None
+        except OSError as error:
+            raise _cannot_create(self.path, error) from None
+        self._close()
+        try:
+            folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise IoFailure(
+                f"published, but whether it survives a power cut is unconfirmed: {error.strerror}", file=self.path
+            ) from None
+
+    def abandon(self) -> None:
+        """Remove OUT.part and close; after `publish` or `abandon` this does nothing."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                if self._is_ours(self._fd):
+                    os.unlink(self.part)
+            self._close()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _failed(self, error: OSError, needed: int) -> HlwqError:
+        if error.errno in _FULL:
+            status = os.statvfs(os.path.dirname(self.path) or ".")
+            free = status.f_bavail * status.f_frsize
+            return IoFailure(
+                f"{error.strerror}: the file needs {needed} bytes, {free} more are free",
+                file=self.part,
+                hint="free space or choose another disk",
+            )
+        return IoFailure(f"cannot write: {error.strerror}", file=self.part)
+
+    def __enter__(self) -> AtomicFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abandon()
+
+
+def rename_new(source: str, target: str) -> None:
+    """Rename within a folder, failing with FileExistsError rather than replacing `target`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(source), os.fsencode(target)
+    if sys.platform == "darwin":
+        result = libc.renamex_np(*names, ctypes.c_uint(_RENAME_EXCL))
+    elif hasattr(libc, "renameat2"):
+        result = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_NOREPLACE))
+    else:
+        result = -1
+        ctypes.set_errno(errno.ENOSYS)
+    if result == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        raise OSError(code, os.strerror(code), target)
+    os.link(source, target)  # the file system lacks the flag: a link cannot replace either
+    os.unlink(source)
+
+
+def _cannot_create(path: str, error: OSError | ValueError) -> CannotCreate:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return CannotCreate(f"cannot create: {reason}", file=path)

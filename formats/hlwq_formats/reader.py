@@ -1,0 +1,208 @@
+"""Open a container and read verified bytes out of it (spec section 8).
+
+Opening reads the header and the metadata and checks all that follows from them. Every other byte is
+checked when it is read: a section is returned only after its SHA-256 matched, together with the padding
+before it, so a caller who reads all sections has verified the whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import metadata as md
+from .errors import BadDigest, BadLayout, BadValues, Usage, escape
+from .files import InputFile
+from .layout import HEADER_LEN, Header, check_not_incomplete, decode_header, place_sections
+from .sections import unpack_section
+
+CHUNK = 4 << 20
+MAX_LEVEL = 65504.0
+
+
+class Reader:
+    """An open container. Safe to use from several threads; close it or use it in a `with`.
+
+    `header` stands in for the first 128 bytes of a file whose header is not written yet: the writer
+    checks its work through this class before it commits.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, header: bytes | None = None) -> None:
+        self._file = InputFile(path)
+        try:
+            self._open(header)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self, header: bytes | None) -> None:
+        size, name = self._file.size, self._file.name
+        if header is None:
+            header = self._file.read(0, min(size, HEADER_LEN))
+            check_not_incomplete(header, name)
+        self.path = name
+        self.header: Header = decode_header(header, size, name)
+        self.file_id = hashlib.sha256(header).hexdigest()
+        document = self._file.read(self.header.meta_off, self.header.meta_len)
+        if hashlib.sha256(document).digest() != self.header.meta_sha256:
+            raise BadDigest("the metadata is damaged: its SHA-256 is not the one in the header", file=name)
+        self.metadata = md.decode(document, self.header.minor, name)
+        self.tensors: dict[str, md.Tensor] = {t.name: t for t in self.metadata.tensors}
+        self.assets: dict[str, md.Asset] = {a.name: a for a in self.metadata.assets}
+
+        placed = list(md.all_sections(self.metadata))
+        self._sections = [section for _, _, section in placed]
+        self._owners = [(kind, owner) for kind, owner, _ in placed]
+        self._index = {(kind, owner, s.kind): i for i, (kind, owner, s) in enumerate(placed)}
+        self._offsets, end = place_sections(s.length for s in self._sections)
+        if end != HEADER_LEN + self.header.data_len:
+            raise BadLayout(
+                f"the sections of the metadata end at byte {end}, the header says {HEADER_LEN + self.header.data_len}",
+                file=name,
+            )
+        self._check_padding(end, self._file.read(end, self.header.meta_off - end))
+
+    @property
+    def content_id(self) -> str:
+        """SHA-256 over what the tensors hold; equal for files that decode alike."""
+        return md.content_id(self.metadata)
+
+    def stored_tensor(self, name: str) -> md.RawTensor | md.ScalarTensor:
+        """The entry of a tensor, an alias followed to the tensor that holds its bytes; Usage when unknown."""
+        tensor = self.tensors.get(name)
+        if isinstance(tensor, md.AliasTensor):
+            tensor = self.tensors[tensor.of]
+        if tensor is None or isinstance(tensor, md.AliasTensor):
+            raise Usage("the file holds no tensor of this name", file=self.path, tensor=name)
+        return tensor
+
+    # --- bytes ---------------------------------------------------------------------------------
+
+    def iter_section(self, kind: str, owner: str, section_kind: str, chunk: int = CHUNK) -> Iterator[bytes]:
+        """Yield the stored bytes in pieces of `chunk` bytes (the last shorter), hashing on the way.
+
+        Bytes are verified only once the iterator is exhausted: raises BadDigest then, and the caller must
+        throw away what it made of them.
+        """
+        i = self._index[kind, owner, section_kind]
+        section, offset = self._sections[i], self._offsets[i]
+        gap_start = self._offsets[i - 1] + self._sections[i - 1].length if i else HEADER_LEN
+        self._check_padding(gap_start, self._file.read(gap_start, offset - gap_start))
+        digest = hashlib.sha256()
+        for start in range(0, section.length, chunk):
+            piece = self._file.read(offset + start, min(chunk, section.length - start))
+            digest.update(piece)
+            yield piece
+        if digest.hexdigest() != section.sha256:
+            raise BadDigest(
+                f"SHA-256 is {digest.hexdigest()[:16]}..., expected {section.sha256[:16]}...: the file is damaged",
+                file=self.path,
+                tensor=owner if kind == "tensor" else None,
+                section=f'asset "{escape(owner, 120)}"' if kind == "asset" else section_kind,
+                offset=offset,
+                hint="fetch the file again",
+            )
+
+    def read_section(self, kind: str, owner: str, section_kind: str) -> bytes:
+        """The raw (decompressed) bytes of a section, verified."""
+        section = self._sections[self._index[kind, owner, section_kind]]
+        stored = b"".join(self.iter_section(kind, owner, section_kind))
+        return unpack_section(section, stored, self.path, f'{section_kind} "{escape(owner, 120)}"')
+
+    def read_asset(self, name: str) -> bytes:
+        """The content of an asset; Usage when there is none of this name."""
+        if name not in self.assets:
+            raise Usage(f'the file holds no asset "{escape(name)}"', file=self.path)
+        return self.read_section("asset", name, "asset")
+
+    def _check_padding(self, start: int, padding: bytes) -> None:
+        if any(padding):
+            at = start + next(i for i, byte in enumerate(padding) if byte)
+            raise BadLayout(f"padding at byte {at} is not zero: the file is damaged", file=self.path)
+
+    # --- arrays --------------------------------------------------------------------------------
+
+    def signs(self) -> NDArray[np.float32]:
+        """(128,) float32 of 1 and -1 that every block is multiplied by; all 1 when the file has none."""
+        if self.metadata.signs is None:
+            return np.ones(8 * md.SIGNS_LENGTH, np.float32)
+        bits = np.frombuffer(self.read_section("signs", "", "signs"), np.uint8)
+        return 1 - 2 * np.unpackbits(bits, bitorder="little").astype(np.float32)
+
+    def levels(self, tensor: md.ScalarTensor) -> NDArray[np.float32]:
+        """(2**bits,) float32 codebook: finite, at most 65504 in magnitude, strictly increasing."""
+        levels = np.frombuffer(self.read_section("tensor", tensor.name, "levels"), "<f4")
+        with np.errstate(invalid="ignore"):  # NaN compares false, which is what we want
+            good = bool((np.abs(levels) <= MAX_LEVEL).all() and (levels[1:] > levels[:-1]).all())
+        if not good:
+            raise self._bad_values(tensor, "levels", "levels must be finite, within 65504 and strictly increasing")
+        return levels
+
+    def scales(self, tensor: md.ScalarTensor) -> NDArray[np.float16]:
+        """(n_blocks,) float16, each zero or positive and finite."""
+        bits = np.frombuffer(self.read_section("tensor", tensor.name, "scales"), "<u2")
+        if len(bits) and bits.max() >= 0x7C00:  # infinity, NaN and everything with the sign bit, -0 included
+            first = int(np.argmax(bits >= 0x7C00))
+            raise self._bad_values(
+                tensor, "scales", f"scale {first} is {bits[first]:#06x}: negative, infinite or not a number"
+            )
+        return bits.view("<f2")
+
+    def _bad_values(self, tensor: md.Tensor, kind: str, problem: str) -> BadValues:
+        offset = self._offsets[self._index["tensor", tensor.name, kind]]
+        return BadValues(problem, file=self.path, tensor=tensor.name, section=kind, offset=offset)
+
+    def raw_chunks(self, tensor: md.RawTensor, chunk: int = CHUNK) -> Iterator[bytes]:
+        """The source bytes of a raw tensor in pieces, verified only at exhaustion as in `iter_section`."""
+        for piece in self.iter_section("tensor", tensor.name, "raw", chunk):
+            if tensor.dtype == "BOOL" and piece and max(piece) > 1:
+                raise self._bad_values(tensor, "raw", f"a boolean is {max(piece)}, expected 0 or 1")
+            yield piece
+
+    # --- the whole file --------------------------------------------------------------------------
+
+    def verify_shared(self) -> None:
+        """Check every byte that belongs to no tensor: signs and assets."""
+        if self.metadata.signs is not None:
+            self.signs()
+        for name in self.assets:
+            self.read_asset(name)
+
+    def verify_tensor(self, tensor: md.Tensor) -> None:
+        """Check every byte and value of one tensor, decoding nothing."""
+        match tensor:
+            case md.RawTensor():
+                for _ in self.raw_chunks(tensor):
+                    pass
+            case md.ScalarTensor():
+                for _ in self.iter_section("tensor", tensor.name, "codes"):
+                    pass
+                self.levels(tensor)
+                self.scales(tensor)
+            case md.AliasTensor():
+                pass  # its bytes are those of an earlier tensor
+
+    def verify(self) -> None:
+        """Check every byte of the file."""
+        self.verify_shared()
+        for tensor in self.metadata.tensors:
+            self.verify_tensor(tensor)
+
+    def close(self) -> None:
+        """Close the file; twice is once."""
+        self._file.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+

@@ -1,0 +1,113 @@
+"""Write a container: sections as they come, the metadata after them, the header last (spec section 9).
+
+Until the header stands the file starts with 128 zero bytes, which no reader opens. Before it is written
+the public reader has checked the finished file from disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from types import TracebackType
+
+from . import metadata as md
+from .atomic import AtomicFile
+from .errors import BadData, Internal, SelfCheckFailed
+from .layout import HEADER_LEN, align, make_header, place_sections
+from .reader import Reader
+from .sections import make_section
+
+
+class SectionWriter:
+    """One section of known length at a known place, written front to back and hashed on the way."""
+
+    def __init__(self, file: AtomicFile, kind: str, offset: int, length: int) -> None:
+        self._file = file
+        self._kind = kind
+        self._position = offset
+        self._end = offset + length
+        self._length = length
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        """Append `data` to the section."""
+        if self._position + len(data) > self._end:
+            raise Internal(f"{self._kind} section overflows its {self._length} bytes")
+        self._file.write(self._position, data)
+        self._digest.update(data)
+        self._position += len(data)
+
+    def done(self) -> md.Section:
+        """The entry of the finished section."""
+        if self._position != self._end:
+            raise Internal(f"{self._kind} section lacks {self._end - self._position} of {self._length} bytes")
+        return md.Section(self._kind, self._length, self._digest.hexdigest())  # type: ignore[arg-type]
+
+
+class Writer:
+    """A container in the making. Leaving the `with` before `finish` has returned removes what was written.
+
+    Sections must be opened in the order of the file: signs, tensors by name with their kinds in order,
+    assets by name.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, reserve: int = 0) -> None:
+        self._file = AtomicFile(path, overwrite=overwrite)
+        self.position = HEADER_LEN
+        try:
+            self._file.reserve(reserve)
+            self._file.write(0, bytes(HEADER_LEN))
+        except BaseException:
+            self._file.abandon()
+            raise
+
+    def open_section(self, kind: str, length: int) -> SectionWriter:
+        """Take the next place for a section of `length` bytes. Several may be open at once."""
+        offset = align(self.position)
+        self._file.write(self.position, bytes(offset - self.position))
+        self.position = offset + length
+        return SectionWriter(self._file, kind, offset, length)
+
+    def write_section(self, kind: str, data: bytes, *, compress: bool = False) -> md.Section:
+        """Write a whole section at once, compressed where that is asked for and pays."""
+        section, stored = make_section(kind, data, compress=compress)
+        self.open_section(kind, len(stored)).write(stored)
+        return section
+
+    def rewind(self, position: int) -> None:
+        """Give back every section opened since `position` was the writer's `position`."""
+        self.position = position
+
+    def finish(self, metadata: md.Metadata, check: Callable[[Reader], None] | None = None) -> None:
+        """Write the metadata, verify the file through the public reader, commit and publish.
+
+        `check` may look at the content through the same reader and raise SelfCheckFailed.
+        """
+        document = md.encode(metadata)
+        lengths = [section.length for _, _, section in md.all_sections(metadata)]
+        if place_sections(lengths)[1] != self.position:
+            raise Internal("the metadata does not list the sections that were written")
+        header = make_header(self.position, document, hashlib.sha256(document).digest())
+        self._file.write(self.position, bytes(header.meta_off - self.position))
+        self._file.write(header.meta_off, document)
+        self._file.sync(header.file_len)
+        encoded = header.encode()
+        try:
+            with Reader(self._file.part, header=encoded) as reader:
+                reader.verify()
+                if check is not None:
+                    check(reader)
+        except BadData as error:
+            raise SelfCheckFailed(f"the written file does not read back: {error}; nothing was published") from error
+        self._file.write(0, encoded)
+        self._file.sync()
+        self._file.publish()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.abandon()
