@@ -40,7 +40,7 @@ LAYER_NAMES = {
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-# The entries of config.json that the metadata holds, and the tokens with a role: Hugging Face name, GGUF name.
+# Entries of config.json that the metadata holds, and tokens with a role: Hugging Face name, then GGUF name.
 CONFIG_NAMES = {
     "vocab_size": "vocab_size", "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
     "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",

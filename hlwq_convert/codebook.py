@@ -1,0 +1,71 @@
+"""FIT: a Lloyd-Max codebook for a tensor's own rotated, normalised coordinates (Lloyd 1982, Max 1960).
+
+The fit runs on an integer histogram: counts and first moments are exact, so the only roundings are one
+division for each level, and the result does not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .normal_levels import normal_levels
+from .rotate import block_sums, fwht
+
+BINS = 1 << 14
+_REACH = 8.0  # of N(0, 1); what lies farther out counts in the last bin
+_MAX_ITERATIONS = 10_000
+
+GROUP = 16
+_SAMPLED_GROUPS = 1024
+
+
+def sample_groups(n_blocks: int) -> range:
+    """First blocks of the groups of 16 blocks that the codebook is fitted on: at most 2,047 groups, evenly
+    strided over the tensor, so that a large tensor need not be read for its codebook."""
+    n_groups = -(-n_blocks // GROUP)
+    return range(0, n_blocks, GROUP * max(1, n_groups // _SAMPLED_GROUPS))
+
+
+def normalise(rotated: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Divide each row of (n, 128) float32 by its root mean square; rows of zeros are left out."""
+    rms = np.sqrt(block_sums(rotated * rotated) * np.float32(1 / 128))
+    alive = rms > 0
+    return rotated[alive] / rms[alive, None]
+
+
+def fit_lloyd_max(blocks: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Fit (2**bits,) float32 levels to sampled blocks: (n, 128) float32, signs applied, not yet rotated.
+
+    Starts from the optimum for N(0, 1) and iterates to a fixed point. With fewer than 8 * 2**bits blocks
+    that are not zero, the sample would fit noise: the constant N(0, 1) table is used.
+    """
+    start = normal_levels(bits)
+    coordinates = normalise(fwht(blocks))
+    if len(coordinates) < 8 << bits:
+        return start
+    bins = np.clip(coordinates * np.float32(BINS / (2 * _REACH)) + np.float32(BINS // 2), 0, BINS - 1)
+    counts = np.bincount(bins.astype(np.int32).ravel(order="K"), minlength=BINS)
+    levels = _iterate(counts, start).astype(np.float32)
+    return levels if (levels[1:] > levels[:-1]).all() else start
+
+
+def _iterate(counts: NDArray[np.int64], start: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Lloyd's iteration on a histogram: cells from midpoints, levels from centroids, until no cell changes."""
+    centres = 2 * np.arange(BINS, dtype=np.int64) + 1 - BINS  # in half bins, so that sums stay integers
+    count_below = np.concatenate([[0], np.cumsum(counts)])
+    moment_below = np.concatenate([[0], np.cumsum(counts * centres)])
+    half_bin = _REACH / BINS
+    levels = start.astype(np.float64) / half_bin
+    cells = None
+    for _ in range(_MAX_ITERATIONS):
+        inner = np.searchsorted(centres, (levels[:-1] + levels[1:]) * 0.5)
+        if cells is not None and np.array_equal(cells, inner):
+            break
+        cells = inner
+        edges = np.concatenate([[0], cells, [BINS]])
+        count = np.diff(count_below[edges])
+        moment = np.diff(moment_below[edges])
+        # An empty cell keeps its level: it lies between its neighbours still.
+        levels = np.where(count > 0, moment / np.maximum(count, 1), levels)
+    return levels * half_bin

@@ -1,0 +1,110 @@
+"""One tensor, a straight line down and the same line back up.
+
+Both lines work on any run of whole blocks, so a tensor passes through in chunks. What the encoder measures
+is the decoder's own output, rounded to the tensor's dtype: the reported error is that of what is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from hlwq_formats.bitpack import pack, unpack
+from hlwq_formats.dtypes import narrow, widen
+from hlwq_formats.layout import BLOCK, count_blocks
+from numpy.typing import NDArray
+
+from .rotate import block_sums, from_blocks, fwht, to_blocks
+from .scalar import Effort, encode
+
+BATCH = 1 << 17
+"""Weights that go through the stages at once: all their temporaries stay in the cache of one core."""
+
+_TOP_EXPONENT = 17
+
+
+@dataclass(frozen=True)
+class ScalarCode:
+    """How one tensor is coded: what its chunks share."""
+
+    dtype: str
+    bits: int
+    exponent: int
+    levels: NDArray[np.float32]  # (2**bits,)
+    signs: NDArray[np.float32]  # (128,), 1 or -1
+    effort: Effort = "default"
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """The stored form of a run of blocks, and sums for each block to measure it by."""
+
+    codes: bytes  # n_blocks * 16 * bits
+    scales: bytes  # n_blocks float16
+    sums: NDArray[np.float32]  # (4, n_blocks): source energy, decoded energy, their product, error energy
+    finite: bool  # whether every decoded weight is
+
+
+def choose_exponent(largest: float) -> int:
+    """The tensor's power of two: times 2**-exponent its largest magnitude lies in [2**17, 2**18).
+
+    A scale is between 1/128 and 1/9 of that, so the largest scale lies in [2**10, 2**15): far from what fp16
+    cannot hold at the top, and 24 powers of two above what it loses at the bottom.
+    """
+    if largest == 0:
+        return 0
+    return min(max(int(np.frexp(largest)[1]) - 1 - _TOP_EXPONENT, -126), 112)
+
+
+def sample_blocks(raw: bytes, code_dtype: str, exponent: int, signs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Blocks ready to be rotated, (n, 128) float32 with signs applied, from source bytes."""
+    return to_blocks(widen(raw, code_dtype) * power_of_two(-exponent)) * signs
+
+
+def quantize(raw: bytes, code: ScalarCode) -> EncodedChunk:
+    """Encode source bytes of `code.dtype`: whole blocks of weights, but for the end of the tensor."""
+    size = np.dtype("<f4" if code.dtype == "F32" else "<u2").itemsize * BATCH
+    batches = [_quantize_batch(raw[i : i + size], code) for i in range(0, len(raw), size)]
+    return EncodedChunk(
+        b"".join(b.codes for b in batches),
+        b"".join(b.scales for b in batches),
+        np.concatenate([b.sums for b in batches], axis=1),
+        all(b.finite for b in batches),
+    )
+
+
+def _quantize_batch(raw: bytes, code: ScalarCode) -> EncodedChunk:
+    to_unit = power_of_two(-code.exponent)
+    weights = widen(raw, code.dtype) * to_unit
+    blocks = to_blocks(weights)
+    rotated = fwht(blocks * code.signs)
+    codes, scales = encode(rotated, code.levels, code.effort)
+    packed = pack(np.ascontiguousarray(codes).reshape(-1), code.bits)
+
+    decoded = narrow(dequantize(packed, scales, code, len(weights)), code.dtype)
+    restored = to_blocks(widen(decoded.tobytes(), code.dtype) * to_unit)
+    finite = bool(np.isfinite(restored).all())
+    with np.errstate(invalid="ignore", over="ignore"):  # not finite: the caller keeps the tensor raw
+        error = blocks - restored
+        sums = [block_sums(a * b) for a, b in ((blocks, blocks), (restored, restored), (blocks, restored), (error, error))]
+    return EncodedChunk(packed, scales.tobytes(), np.stack(sums), finite)
+
+
+def dequantize(
+    packed: bytes, scales: NDArray[np.float16], code: ScalarCode, count: int
+) -> NDArray[np.float32]:
+    """Decode the first `count` weights of a run of blocks, as (count,) float32 (spec section 6.3).
+
+    w = signs * (scale * fwht(levels[codes])), multiplied in exactly this order.
+    """
+    codes = unpack(packed, code.bits, count_blocks(count) * BLOCK)
+    # Back to column order: the transform and everything after it run on whole columns.
+    values = fwht(code.levels[np.asfortranarray(codes.reshape(-1, BLOCK))])
+    scale = scales.astype(np.float32) * power_of_two(code.exponent)
+    with np.errstate(over="ignore"):  # the encoder keeps such tensors raw; a stranger's file may hold infinity
+        return from_blocks(code.signs * (scale[:, None] * values), count)
+
+
+def power_of_two(exponent: int) -> np.float32:
+    """2.0 ** exponent, exact for -126..126."""
+    return np.float32(np.ldexp(np.float32(1), exponent))
