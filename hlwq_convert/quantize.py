@@ -6,6 +6,7 @@ is the decoder's own output, rounded to the tensor's dtype: the reported error i
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,8 @@ from numpy.typing import NDArray
 from .rotate import block_sums, from_blocks, fwht, to_blocks
 from .scalar import Effort, encode
 
-BATCH = 1 << 17
-"""Weights that go through the stages at once: all their temporaries stay in the cache of one core."""
+CHUNK = 1 << 17
+"""Weights that go through the stages at once: at this size their temporaries stay near the core's cache."""
 
 _TOP_EXPONENT = 17
 
@@ -43,6 +44,7 @@ class EncodedChunk:
     scales: bytes  # n_blocks float16
     sums: NDArray[np.float32]  # (4, n_blocks): source energy, decoded energy, their product, error energy
     finite: bool  # whether every decoded weight is
+    checksum: int  # CRC-32 of the decoded weights in the tensor's dtype
 
 
 def choose_exponent(largest: float) -> int:
@@ -63,17 +65,6 @@ def sample_blocks(raw: bytes, code_dtype: str, exponent: int, signs: NDArray[np.
 
 def quantize(raw: bytes, code: ScalarCode) -> EncodedChunk:
     """Encode source bytes of `code.dtype`: whole blocks of weights, but for the end of the tensor."""
-    size = np.dtype("<f4" if code.dtype == "F32" else "<u2").itemsize * BATCH
-    batches = [_quantize_batch(raw[i : i + size], code) for i in range(0, len(raw), size)]
-    return EncodedChunk(
-        b"".join(b.codes for b in batches),
-        b"".join(b.scales for b in batches),
-        np.concatenate([b.sums for b in batches], axis=1),
-        all(b.finite for b in batches),
-    )
-
-
-def _quantize_batch(raw: bytes, code: ScalarCode) -> EncodedChunk:
     to_unit = power_of_two(-code.exponent)
     weights = widen(raw, code.dtype) * to_unit
     blocks = to_blocks(weights)
@@ -81,13 +72,13 @@ def _quantize_batch(raw: bytes, code: ScalarCode) -> EncodedChunk:
     codes, scales = encode(rotated, code.levels, code.effort)
     packed = pack(np.ascontiguousarray(codes).reshape(-1), code.bits)
 
-    decoded = narrow(dequantize(packed, scales, code, len(weights)), code.dtype)
-    restored = to_blocks(widen(decoded.tobytes(), code.dtype) * to_unit)
+    decoded = narrow(dequantize(packed, scales, code, len(weights)), code.dtype).tobytes()
+    restored = to_blocks(widen(decoded, code.dtype) * to_unit)
     finite = bool(np.isfinite(restored).all())
     with np.errstate(invalid="ignore", over="ignore"):  # not finite: the caller keeps the tensor raw
         error = blocks - restored
         sums = [block_sums(a * b) for a, b in ((blocks, blocks), (restored, restored), (blocks, restored), (error, error))]
-    return EncodedChunk(packed, scales.tobytes(), np.stack(sums), finite)
+    return EncodedChunk(packed, scales.tobytes(), np.stack(sums), finite, zlib.crc32(decoded))
 
 
 def dequantize(

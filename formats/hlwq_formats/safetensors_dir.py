@@ -1,0 +1,247 @@
+"""A strict reader of safetensors model directories, by positioned reads (spec of the format:
+safetensors README "Format"; ours refuses what that leaves open).
+
+Nothing is mapped into memory: a file that shrinks under a map kills the process. No file is kept open:
+each read opens the shard again and compares its identity, so a replaced or rewritten file is noticed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from .dtypes import ITEM_BITS, nbytes
+from .errors import BadModelDir, BadSafetensors, MissingInput, SourceChanged, UnsafePath, UnsupportedDtype, escape
+from .files import InputFile
+from .layout import MAX_NUMEL, numel
+from .metadata import MAX_NAME_BYTES, unsafe_path
+from .strict_json import parse
+
+MAX_HEADER = 64 << 20
+MAX_TENSORS = 200_000
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of a model directory: `length` bytes at `offset` of the shard `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return numel(self.shape)
+
+
+class ModelDir:
+    """The tensors of a model directory: one safetensors file, or shards with an index.
+
+    Raises MissingInput (66), BadModelDir, BadSafetensors or UnsafePath (65), UnsupportedDtype (69).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            what = "not a directory" if self.path.exists() else "no such directory"
+            raise MissingInput(f"{what}: a Hugging Face model directory is expected", file=str(self.path))
+        try:
+            names = sorted(entry.name for entry in os.scandir(self.path))
+        except OSError as error:
+            raise MissingInput(f"cannot list: {error.strerror}", file=str(self.path)) from None
+        self._identities: dict[str, tuple[int, ...]] = {}
+        weight_map = self._find_shards(names)
+        self.tensors: dict[str, SourceTensor] = {}
+        self.files: list[tuple[str, int]] = []
+        for file, expected in weight_map.items():
+            self._read_shard(file, expected)
+
+    # --- which files ---------------------------------------------------------------------------
+
+    def _find_shards(self, names: list[str]) -> dict[str, set[str] | None]:
+        """Shard name -> tensors that the index puts there (None without an index)."""
+        indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
+        shards = [name for name in names if name.endswith(SUFFIX)]
+        if len(indices) > 1:
+            raise self._bad("several safetensors indices: " + _listed(indices), hint="keep the one that counts")
+        if indices:
+            if "model.safetensors" in shards:
+                raise self._bad(f"ambiguous: both model.safetensors and {escape(indices[0])}", hint="remove one")
+            return self._read_index(indices[0])
+        if len(shards) == 1 and not re.search(r"-of-0*(?!1\b)\d+\.safetensors$", shards[0]):
+            return {shards[0]: None}
+        if shards:
+            raise self._bad(f"{len(shards)} shards and no {INDEX_SUFFIX[1:]}: " + _listed(shards), hint="fetch the index too")
+        partial = [name for name in names if name.endswith((".incomplete", ".aria2"))]
+        if partial:
+            raise MissingInput(f"an unfinished download: {_listed(partial)}", file=str(self.path), hint="finish it")
+        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+        if pickles:
+            raise MissingInput(
+                f"only pickles ({_listed(pickles)}), which can run code when opened and are not supported",
+                file=str(self.path),
+                hint="convert them to safetensors first",
+            )
+        raise MissingInput("no .safetensors file in this directory", file=str(self.path))
+
+    def _read_index(self, name: str) -> dict[str, set[str] | None]:
+        document = parse(self.read_file(name, MAX_HEADER), lambda problem: BadModelDir(problem, file=name))
+        weight_map = document.get("weight_map") if isinstance(document, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise BadModelDir("weight_map is not an object of tensor name to file name", file=name)
+        if not weight_map or len(weight_map) > MAX_TENSORS:
+            raise BadModelDir(f"weight_map has {len(weight_map)} tensors, expected 1 to {MAX_TENSORS}", file=name)
+        shards: dict[str, set[str] | None] = {}
+        for tensor, file in weight_map.items():
+            if unsafe_path(file) or "/" in file or not file.endswith(SUFFIX):
+                raise UnsafePath(f'"{escape(file, 120)}" is no plain name of a {SUFFIX} file', file=name, tensor=tensor)
+            cast("set[str]", shards.setdefault(file, set())).add(tensor)
+        if len({file.casefold() for file in shards}) != len(shards):
+            raise BadModelDir("two shards differ only in the case of their names", file=name)
+        missing = [file for file in shards if not os.path.lexists(self.path / file)]
+        if missing:
+            raise MissingInput(f"{len(missing)} of {len(shards)} shards are missing: {_listed(missing)}", file=name)
+        totals = {match[1] for file in shards if (match := re.search(r"-of-(\d+)\.safetensors$", file))}
+        if len(totals) > 1 or any(int(total) != len(shards) for total in totals):
+            raise BadModelDir(f"{len(shards)} shards named as parts of {_listed(sorted(totals))}", file=name)
+        return dict(sorted(shards.items()))
+
+    # --- one shard -----------------------------------------------------------------------------
+
+    def _read_shard(self, file: str, expected: set[str] | None) -> None:
+        with self._open(file) as shard:
+            self._identities[file] = shard.identity
+            self.files.append((file, shard.size))
+            tensors = read_safetensors_header(shard, file)
+        if expected is not None and (names := {t.name for t in tensors}) != expected:
+            absent, extra = sorted(expected - names), sorted(names - expected)
+            problem = f"lacks {_listed(absent)}" if absent else f"holds {_listed(extra)}"
+            raise BadModelDir(f"the index disagrees with the shard, which {problem}", file=file)
+        for tensor in tensors:
+            if tensor.name in self.tensors:
+                raise BadModelDir(f"in {escape(self.tensors[tensor.name].file)} as well", file=file, tensor=tensor.name)
+            self.tensors[tensor.name] = tensor
+        if len(self.tensors) > MAX_TENSORS:
+            raise BadModelDir(f"more than {MAX_TENSORS} tensors", file=file)
+
+    def _open(self, name: str) -> InputFile:
+        """Open a file of the directory, whose symlinks may lead only to a sibling or to the blobs of the
+        same repository in a Hugging Face cache."""
+        path = self.path / name
+        if path.is_symlink() or "/" in name:
+            target, root = Path(os.path.realpath(path)), Path(os.path.realpath(self.path))
+            in_cache = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+            if not (in_cache or root in target.parents):
+                raise UnsafePath("a symlink leads out of the model directory", file=name)
+        return InputFile(path, name)
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def read(self, tensor: SourceTensor, start: int, length: int) -> bytes:
+        """`length` bytes of a tensor from byte `start`; SourceChanged (75) when the shard is another one now."""
+        with self._open(tensor.file) as shard:
+            self._check_identity(shard, tensor.file)
+            return shard.read(tensor.offset + start, length)
+
+    def check_unchanged(self) -> None:
+        """Look at every shard once more, after the last read: SourceChanged (75) when one was touched."""
+        for file in self._identities:
+            with self._open(file) as shard:
+                self._check_identity(shard, file)
+
+    def _check_identity(self, shard: InputFile, file: str) -> None:
+        if shard.identity != self._identities[file]:
+            raise SourceChanged("changed while it was being converted", file=file, hint="try again")
+
+    def read_file(self, name: str, limit: int) -> bytes:
+        """The content of another file of the directory; BadModelDir when it is over `limit` bytes."""
+        with self._open(name) as file:
+            if file.size > limit:
+                raise BadModelDir(f"{file.size} bytes, at most {limit} are allowed", file=name)
+            return file.read(0, file.size)
+
+    def _bad(self, problem: str, hint: str) -> BadModelDir:
+        return BadModelDir(problem, file=str(self.path), hint=hint)
+
+
+def read_safetensors_header(shard: InputFile, file: str) -> list[SourceTensor]:
+    """Parse and check the header of a safetensors file; tensors must fill its data without hole or overlap."""
+
+    def bad(problem: str, tensor: str | None = None) -> BadSafetensors:
+        return BadSafetensors(problem, file=file, tensor=tensor)
+
+    start = shard.read(0, min(shard.size, 64))
+    for magic, what in ((b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`"), (b"<", "an HTML page")):
+        if start.lower().startswith(magic):
+            raise bad(f"not a safetensors file but {what}")
+    if len(start) < 8:
+        raise bad(f"too short, {len(start)} of 8 bytes")
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > MAX_HEADER or 8 + length > shard.size:
+        raise bad(f"a header of {length} bytes; the file has {shard.size}, the limit is {MAX_HEADER}")
+    document = shard.read(8, length)
+    if not document.startswith(b"{"):
+        raise bad("the header does not start with {")
+    header = parse(document, bad)
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS + 1:
+        raise bad(f"the header is no object of at most {MAX_TENSORS} tensors")
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        raise bad("__metadata__ is not an object of strings")
+    tensors = [_parse_tensor(name, info, file, 8 + length) for name, info in header.items()]
+    end = 8 + length
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.length)):
+        if tensor.offset != end:
+            problem = "overlaps the tensor before it" if tensor.offset < end else "follows a hole in the data"
+            raise bad(f"starts at byte {tensor.offset} and {problem}, expected {end}", tensor.name)
+        end += tensor.length
+        if end > shard.size:
+            raise bad(f"ends at byte {end}, the file has {shard.size}", tensor.name)
+    if end != shard.size:
+        raise bad(f"{shard.size - end} bytes after the last tensor, which ends at {end}")
+    return tensors
+
+
+def _parse_tensor(name: str, info: object, file: str, data_start: int) -> SourceTensor:
+    def wrong(problem: str) -> BadSafetensors:
+        return BadSafetensors(problem, file=file, tensor=name)
+
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        raise wrong("the name is not valid Unicode") from None
+    if not 1 <= len(encoded) <= MAX_NAME_BYTES or any(char < " " or char == "\x7f" for char in name):
+        raise wrong(f"the name is empty, over {MAX_NAME_BYTES} bytes or has control characters")
+    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+        raise wrong("expected an object of dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
+        raise UnsupportedDtype(f"unknown dtype {escape(str(dtype), 40)}", file=file, tensor=name)
+    if not _are_counts(shape) or len(shape) > 8 or numel([max(d, 1) for d in shape]) > MAX_NUMEL:
+        raise wrong(f"shape {escape(str(shape), 80)} is not a list of at most 8 dimensions with under 2**53 elements")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise wrong(f"data_offsets {escape(str(offsets), 80)} are not two increasing positions")
+    length = offsets[1] - offsets[0]
+    if length != nbytes(dtype, numel(shape)):
+        raise wrong(f"{dtype} {shape} takes {nbytes(dtype, numel(shape))} bytes, data_offsets span {length}")
+    return SourceTensor(name, dtype, tuple(shape), file, data_start + offsets[0], length)
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v <= MAX_NUMEL for v in values)
+
+
+def _listed(names: list[str]) -> str:
+    """Up to 20 names, escaped, for a message."""
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(escape(name, 60) for name in names[:20]) + more

@@ -1,0 +1,43 @@
+"""hlwq: quantize a Hugging Face model into one .hlwq file, look inside it, and load it back.
+
+    import hlwq_convert as h
+
+    h.convert("model-dir", "out.hlwq", bits=5)
+    h.inspect("out.hlwq").bpw
+    state_dict = h.load_state_dict("out.hlwq")  # needs torch
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .convert import convert as convert
+    from .decode import OpenFile as open
+    from .inspection import inspect as inspect
+    from .runtime.load import iter_tensors as iter_tensors
+    from .runtime.load import load_state_dict as load_state_dict
+
+_LAZY = {
+    "convert": "convert.convert",
+    "inspect": "inspection.inspect",
+    "open": "decode.OpenFile",
+    "load_state_dict": "runtime.load.load_state_dict",
+    "iter_tensors": "runtime.load.iter_tensors",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for, and only then: `--help` needs no NumPy, and nothing but loading needs torch."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module, _, attribute = _LAZY[name].rpartition(".")
+    value = getattr(import_module(f".{module}", __name__), attribute)
+    globals()[name] = value  # over the submodule of the same name, which the import has just put here
+    return value

@@ -1,0 +1,111 @@
+"""Read a container back into NumPy arrays, and offer it as `open(path)`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+from hlwq_formats import metadata as md
+from hlwq_formats.dtypes import NUMPY, narrow, widen
+from hlwq_formats.errors import UnsupportedDtype
+from hlwq_formats.layout import BLOCK, numel
+from hlwq_formats.reader import Reader
+from numpy.typing import NDArray
+
+from .quantize import CHUNK, ScalarCode, dequantize
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class CodeChunk:
+    """A run of whole blocks as stored: packed codes, their scales, and the weights they stand for."""
+
+    start: int  # flat index of the first weight
+    count: int
+    packed: bytes
+    scales: NDArray[np.float16]
+
+
+def scalar_code(reader: Reader, tensor: md.ScalarTensor) -> ScalarCode:
+    """What all chunks of a tensor share, read and verified."""
+    return ScalarCode(tensor.dtype, tensor.bits, tensor.exponent, reader.levels(tensor), reader.signs())
+
+
+def code_chunks(reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK) -> Iterator[CodeChunk]:
+    """The codes of a tensor, `chunk` weights at a time. The codes are verified only at exhaustion: throw away
+    what was made of them when this raises."""
+    scales = reader.scales(tensor)
+    n = numel(tensor.shape)
+    start = 0
+    for packed in reader.iter_section("tensor", tensor.name, "codes", chunk * tensor.bits // 8):
+        count = min(chunk, n - start)
+        yield CodeChunk(start, count, packed, scales[start // BLOCK : -(-(start + count) // BLOCK)])
+        start += count
+
+
+def decode_scalar(reader: Reader, tensor: md.ScalarTensor) -> NDArray[np.generic]:
+    """The weights of a scalar tensor in its dtype, in its shape; BF16 as uint16 bit patterns."""
+    code = scalar_code(reader, tensor)
+    result = np.empty(numel(tensor.shape), "<f4" if tensor.dtype == "F32" else "<u2")
+    for chunk in code_chunks(reader, tensor):
+        values = narrow(dequantize(chunk.packed, chunk.scales, code, chunk.count), tensor.dtype)
+        result[chunk.start : chunk.start + chunk.count] = values.view(result.dtype)
+    return result.view("<f2" if tensor.dtype == "F16" else result.dtype).reshape(tensor.shape)
+
+
+def get_numpy(reader: Reader, name: str) -> NDArray[np.generic]:
+    """A tensor as a NumPy array. BF16, which NumPy lacks, comes as float32 with the same values.
+
+    Raises UnsupportedDtype (69) for 8-bit and smaller floats, which neither NumPy nor float32 stands for.
+    """
+    tensor = reader.stored_tensor(name)
+    if isinstance(tensor, md.ScalarTensor):
+        values = decode_scalar(reader, tensor)
+        return widen(values.tobytes(), "BF16").reshape(tensor.shape) if tensor.dtype == "BF16" else values
+    if tensor.dtype != "BF16" and tensor.dtype not in NUMPY:
+        raise UnsupportedDtype(f"NumPy has no type for {tensor.dtype}", file=reader.path, tensor=name, hint="use torch")
+    raw = bytearray().join(reader.raw_chunks(tensor))
+    if tensor.dtype == "BF16":
+        return widen(raw, "BF16").reshape(tensor.shape)
+    return np.frombuffer(raw, NUMPY[tensor.dtype]).reshape(tensor.shape)
+
+
+class OpenFile:
+    """What `hlwq_convert.open` returns: a dict-like view of a file, one tensor at a time."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.reader = Reader(path)
+
+    def keys(self) -> list[str]:
+        """All tensor names, aliases included, in file order."""
+        return list(self.reader.tensors)
+
+    @overload
+    def get_tensor(self, name: str, framework: Literal["np"] = "np") -> NDArray[Any]: ...
+    @overload
+    def get_tensor(self, name: str, framework: Literal["pt"]) -> torch.Tensor: ...
+    def get_tensor(self, name: str, framework: Literal["np", "pt"] = "np") -> NDArray[Any] | torch.Tensor:
+        """One tensor, verified, as NumPy ("np"; BF16 becomes float32) or torch ("pt", needs the extra torch)."""
+        if framework == "np":
+            return get_numpy(self.reader, name)
+        from .runtime.load import get_torch
+
+        return get_torch(self.reader, name)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.reader.close()
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,199 @@
+"""What is in a file: header, metadata and report as one document, without reading weights."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+from hlwq_formats import metadata as md
+from hlwq_formats.dtypes import ITEM_BITS
+from hlwq_formats.errors import BadMetadata, escape
+from hlwq_formats.layout import HEADER_LEN, MAJOR, numel
+from hlwq_formats.reader import Reader
+
+from .metrics import sqnr_db
+
+
+class TensorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The error of one quantized tensor, measured on its decoded weights while converting."""
+
+    name: str
+    cosine: float
+    rel_mse: float
+
+
+class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The asset report.json. Tensors that are all zero have no entry: there is nothing to be close to."""
+
+    tensors: list[TensorReport]
+
+
+class Place(msgspec.Struct, frozen=True):
+    """An asset and its stored bytes."""
+
+    name: str
+    bytes: int
+
+
+class TensorInfo(msgspec.Struct, frozen=True):
+    """One tensor; `bytes` are its sections without padding, the errors are null where nothing was measured."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    encoding: str
+    bits: int | None
+    bpw: float | None
+    bytes: int
+    reason: str
+    cosine: float | None = None
+    sqnr_db: float | None = None
+    rel_mse: float | None = None
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """Totals over a file; `bytes_by_encoding` sums to its size."""
+
+    quantized: int
+    raw: int
+    aliased: int
+    cosine_min: float | None
+    cosine_mean: float | None
+    sqnr_db_mean: float | None
+    bytes_by_encoding: dict[str, int]
+
+
+class Provenance(msgspec.Struct, frozen=True):
+    """Where the file comes from."""
+
+    source: md.Source
+    recipe: md.Recipe
+    tool: md.Tool
+
+
+class Inspection(msgspec.Struct, frozen=True):
+    """Everything that hlwq-inspect shows; its JSON is read by other tools, so its names stay."""
+
+    file: str
+    format_version: str
+    file_id: str | None
+    content_id: str | None
+    file_bytes: int
+    weights: int
+    bpw: float | None
+    metadata: Provenance
+    assets: list[Place]
+    tensors: list[TensorInfo]
+    summary: Summary
+    warnings: list[str]
+
+
+def inspect(path: str | os.PathLike[str]) -> Inspection:
+    """Read header, metadata and report of a file."""
+    with Reader(path) as reader:
+        return inspect_reader(reader)
+
+
+def inspect_reader(reader: Reader) -> Inspection:
+    """As `inspect`, for a file that is open already."""
+    warnings = []
+    if reader.header.compat:
+        warnings.append(f"compatible feature bits {reader.header.compat:#x} are unknown to this version and ignored")
+    return describe(
+        reader.metadata,
+        file=reader.path,
+        minor=reader.header.minor,
+        file_bytes=reader.header.file_len,
+        metadata_bytes=reader.header.meta_len,
+        file_id=reader.file_id,
+        content_id=reader.content_id,
+        report=_read_report(reader),
+        warnings=warnings,
+    )
+
+
+def _read_report(reader: Reader) -> Report:
+    """The report of a file, empty when it has none. Its numbers are a stranger's: finite and in range."""
+    if md.REPORT not in reader.assets:
+        return Report([])
+    try:
+        report = msgspec.json.decode(reader.read_asset(md.REPORT), type=Report)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise BadMetadata(f"{md.REPORT}: {escape(str(error))}", file=reader.path) from None
+    for entry in report.tensors:
+        if not isinstance(reader.tensors.get(entry.name), md.ScalarTensor):
+            raise BadMetadata(f"{md.REPORT} speaks of a tensor that is not quantized", file=reader.path, tensor=entry.name)
+        if not (-1.000001 <= entry.cosine <= 1.000001 and 0 <= entry.rel_mse < float("inf")):
+            raise BadMetadata(f"{md.REPORT} holds impossible numbers", file=reader.path, tensor=entry.name)
+    return report
+
+
+def describe(
+    metadata: md.Metadata,
+    *,
+    file: str,
+    file_bytes: int,
+    metadata_bytes: int,
+    report: Report,
+    minor: int = 0,
+    file_id: str | None = None,
+    content_id: str | None = None,
+    warnings: list[str] | None = None,
+) -> Inspection:
+    """Put a document and a report together; pure."""
+    errors = {entry.name: entry for entry in report.tensors}
+    tensors = [_describe_tensor(tensor, errors.get(tensor.name)) for tensor in metadata.tensors]
+    by_encoding = {
+        "scalar": sum(t.bytes for t in tensors if t.encoding == "scalar"),
+        "trellis": 0,
+        "raw": sum(t.bytes for t in tensors if t.encoding == "raw"),
+        "shared": metadata.signs.length if metadata.signs is not None else 0,
+        "assets": sum(asset.sections[0].length for asset in metadata.assets),
+        "metadata": metadata_bytes,
+        "header": HEADER_LEN,
+    }
+    by_encoding["padding"] = file_bytes - sum(by_encoding.values())
+    weights = sum(numel(t.shape) for t in tensors if t.encoding != "alias")
+    cosines = [t.cosine for t in tensors if t.cosine is not None]
+    sqnrs = [t.sqnr_db for t in tensors if t.sqnr_db is not None]
+    summary = Summary(
+        quantized=sum(t.encoding == "scalar" for t in tensors),
+        raw=sum(t.encoding == "raw" for t in tensors),
+        aliased=sum(t.encoding == "alias" for t in tensors),
+        cosine_min=min(cosines, default=None),
+        cosine_mean=sum(cosines) / len(cosines) if cosines else None,
+        sqnr_db_mean=sum(sqnrs) / len(sqnrs) if sqnrs else None,
+        bytes_by_encoding=by_encoding,
+    )
+    return Inspection(
+        file=file,
+        format_version=f"{MAJOR}.{minor}",
+        file_id=file_id,
+        content_id=content_id,
+        file_bytes=file_bytes,
+        weights=weights,
+        bpw=8 * file_bytes / weights if weights else None,
+        metadata=Provenance(metadata.source, metadata.recipe, metadata.tool),
+        assets=[Place(asset.name, asset.sections[0].length) for asset in metadata.assets],
+        tensors=tensors,
+        summary=summary,
+        warnings=warnings or [],
+    )
+
+
+def _describe_tensor(tensor: md.Tensor, error: TensorReport | None) -> TensorInfo:
+    n = numel(tensor.shape)
+    match tensor:
+        case md.AliasTensor():
+            return TensorInfo(tensor.name, tensor.shape, tensor.dtype, "alias", None, None, 0, f"equals {tensor.of}")
+        case md.RawTensor():
+            encoding, bits = "raw", ITEM_BITS[tensor.dtype]
+        case md.ScalarTensor():
+            encoding, bits = "scalar", tensor.bits
+    stored = sum(section.length for section in tensor.sections)
+    return TensorInfo(
+        tensor.name, tensor.shape, tensor.dtype, encoding, bits, 8 * stored / n if n else None, stored, tensor.reason,
+        cosine=error.cosine if error else None,
+        sqnr_db=sqnr_db(error.rel_mse) if error else None,
+        rel_mse=error.rel_mse if error else None,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""POLICY: how each tensor is stored, and why, from names, shapes and dtypes alone."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hlwq_formats import metadata as md
+from hlwq_formats.dtypes import WEIGHT_DTYPES
+from hlwq_formats.errors import Usage, escape
+from hlwq_formats.safetensors_dir import SourceTensor
+
+MIN_ELEMENTS = 4096
+EMBEDDING_BITS = 5
+_MIN_EXPERT_COLUMNS = 64
+
+_EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|lm_head|output\.weight$)", re.IGNORECASE)
+_DELICATE = (
+    (re.compile(r"norm|layernorm|(^|\.)ln_", re.IGNORECASE), "norm"),
+    (re.compile(r"(^|\.)bias$"), "bias"),
+    (re.compile(r"\.gate\.weight$|router", re.IGNORECASE), "router"),
+    (re.compile(r"conv", re.IGNORECASE), "convolution"),
+    (re.compile(r"A_log|\.D$|(^|\.)dt_"), "state-space parameter"),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one tensor is stored: at `bits`, or raw when that is None."""
+
+    bits: int | None
+    reason: str
+
+
+def plan(tensors: Sequence[SourceTensor], recipe: md.Recipe) -> dict[str, Choice]:
+    """A choice for every tensor, in the given order.
+
+    Raises Usage when a rule of the recipe that the user wrote has no effect on this model.
+    """
+    choices = {tensor.name: _default_choice(tensor, recipe.bits or EMBEDDING_BITS) for tensor in tensors}
+    quantizable = {tensor.name for tensor in tensors if _impossible(tensor) is None}
+    for rule in recipe.rules:
+        pattern = re.compile(rule.match)
+        names = [name for name in choices if pattern.search(name)]
+        usable = [name for name in names if rule.bits is None or name in quantizable]
+        if not usable and recipe.name is None:
+            raise _useless(rule, names, choices)
+        for name in usable:
+            choices[name] = Choice(rule.bits, f"rule {escape(rule.match, 120)}")
+    return choices
+
+
+def _impossible(tensor: SourceTensor) -> str | None:
+    """Why a tensor cannot be quantized at all, or None."""
+    if tensor.dtype not in WEIGHT_DTYPES:
+        return f"{tensor.dtype} is kept as it is"
+    if len(tensor.shape) < 2:
+        return f"{len(tensor.shape)}-D"
+    if tensor.numel < MIN_ELEMENTS:
+        return f"under {MIN_ELEMENTS} elements"
+    return None
+
+
+def _default_choice(tensor: SourceTensor, bits: int) -> Choice:
+    """What happens to a tensor that no rule names."""
+    for pattern, why in _DELICATE:
+        if tensor.dtype in WEIGHT_DTYPES and pattern.search(tensor.name):
+            return Choice(None, why)
+    if (impossible := _impossible(tensor)) is not None:
+        return Choice(None, impossible)
+    rank = len(tensor.shape)
+    if rank > 3:
+        return Choice(None, f"{rank}-D")
+    if rank == 3 and tensor.shape[-1] < _MIN_EXPERT_COLUMNS:
+        return Choice(None, f"3-D with under {_MIN_EXPERT_COLUMNS} columns")
+    if _EMBEDDING.search(tensor.name) and bits < EMBEDDING_BITS:
+        return Choice(EMBEDDING_BITS, "embedding floor")
+    return Choice(bits, "default")
+
+
+def _useless(rule: md.Rule, names: list[str], choices: dict[str, Choice]) -> Usage:
+    shown = escape(rule.match, 120)
+    if names:
+        why = choices[names[0]].reason
+        return Usage(f'--set: "{shown}" matches only what cannot be quantized', tensor=names[0], hint=f"it is raw: {why}")
+    plain = re.sub(r"[^\w.]", "", rule.match)
+    parts = sorted({part for name in choices for part in (name, *name.split("."))})
+    close = difflib.get_close_matches(plain, parts, 3, 0.5)
+    hint = f"did you mean {', '.join(escape(c, 80) for c in close)}?" if close else "--dry-run lists the names"
+    return Usage(f'--set: "{shown}" matches no tensor', hint=hint)

@@ -1,0 +1,1 @@
+"""Reading a file into torch: the only folder that imports torch."""
