@@ -1,10 +1,10 @@
 """hlwq: quantize a Hugging Face model into one .hlwq file, look inside it, and load it back.
 
-    import hlwq_convert as h
+import hlwq_convert as h
 
-    h.convert("model-dir", "out.hlwq", bits=5)
-    h.inspect("out.hlwq").bpw
-    state_dict = h.load_state_dict("out.hlwq")  # needs torch
+h.convert("model-dir", "out.hlwq", bits=5)
+h.inspect("out.hlwq").bpw
+state_dict = h.load_state_dict("out.hlwq")  # needs torch
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .convert import convert as convert
-    from .decode import OpenFile as open
+    from .decode import OpenFile as open  # noqa: F401, N813
     from .inspection import inspect as inspect
     from .runtime.load import iter_tensors as iter_tensors
     from .runtime.load import load_state_dict as load_state_dict

@@ -31,7 +31,8 @@ def normalise(rotated: NDArray[np.float32]) -> NDArray[np.float32]:
     """Divide each row of (n, 128) float32 by its root mean square; rows of zeros are left out."""
     rms = np.sqrt(block_sums(rotated * rotated) * np.float32(1 / 128))
     alive = rms > 0
-    return rotated[alive] / rms[alive, None]
+    normalised: NDArray[np.float32] = rotated[alive] / rms[alive, None]
+    return normalised
 
 
 def fit_lloyd_max(blocks: NDArray[np.float32], bits: int) -> NDArray[np.float32]:

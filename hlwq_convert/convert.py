@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from hlwq_formats import metadata as md
-from hlwq_formats.dtypes import ITEM_BITS, narrow, widen
-from hlwq_formats.errors import CannotCreate, NonFinite, SelfCheckFailed
-from hlwq_formats.layout import BLOCK, scalar_lengths
-from hlwq_formats.reader import Reader
-from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
+from hlwq_formats.errors import CannotCreate
+from hlwq_formats.layout import scalar_lengths
 from hlwq_formats.sections import zstd_version
 from hlwq_formats.writer import Writer
-from numpy.typing import NDArray
 
 from . import __version__
-from .codebook import GROUP, fit_lloyd_max, sample_groups
-from .decode import CodeChunk, code_chunks, scalar_code
-from .duplicates import READ, find_duplicates
-from .inspection import Inspection, Report, TensorReport, inspect
-from .metrics import ErrorSums
-from .parallel import default_workers, ordered_map
+from .duplicates import find_duplicates
+from .inspection import Inspection, Report, inspect
+from .parallel import default_workers
 from .plan import Choice, plan
-from .quantize import CHUNK, EncodedChunk, ScalarCode, choose_exponent, dequantize, quantize, sample_blocks
 from .recipe import make_recipe
-from .rotate import SIGN_BYTES, sign_vector
+from .rotate import SIGN_BYTES
 from .scalar import Effort
 from .source import Source, open_source
+from .store import Run, check_decoding, write_tensor
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, bytes done, bytes in all)."""
@@ -48,24 +39,6 @@ class Job:
     recipe: md.Recipe
     choices: dict[str, Choice]
     warnings: list[str]
-
-
-@dataclass
-class _Run:
-    """The state that the tensors of one conversion share."""
-
-    model: ModelDir
-    writer: Writer
-    pool: ThreadPoolExecutor
-    effort: Effort
-    nonfinite: str
-    step: Callable[[int], None]
-    report: list[TensorReport] = field(default_factory=list)
-    checksums: dict[str, list[int]] = field(default_factory=dict)  # of the decoded chunks of each tensor
-
-
-class _CannotDecode(Exception):
-    """A tensor so near the end of its dtype's range that its decoding overflows."""
 
 
 def prepare(
@@ -123,12 +96,15 @@ def run(
     """Carry out a prepared conversion; warnings are added to `job.warnings`."""
     source, model = job.source, job.source.model
     check_output_place(out, source)
+    workers = workers or default_workers()
     total = sum(tensor.length for tensor in source.tensors)
     with (
         Writer(out, overwrite=overwrite, reserve=_upper_bound(job)) as writer,
-        ThreadPoolExecutor(workers or default_workers(), "hlwq") as pool,
+        ThreadPoolExecutor(workers, "hlwq") as pool,
     ):
-        run = _Run(model, writer, pool, job.recipe.effort, nonfinite, _stepper(progress, "converting", total))
+        run = Run(
+            model, writer, pool, 2 * workers, job.recipe.effort, nonfinite, _stepper(progress, "converting", total)
+        )
         aliases = find_duplicates(model, source.tensors)
         job.warnings.extend(tie_warnings(job, aliases))
         choices = merge_choices(job.choices, aliases)
@@ -140,7 +116,7 @@ def run(
                 tensors.append(md.AliasTensor(tensor.name, tensor.dtype, list(tensor.shape), target))
                 run.step(tensor.length)
             else:
-                tensors.append(_write_tensor(run, tensor, choices[tensor.name]))
+                tensors.append(write_tensor(run, tensor, choices[tensor.name]))
         assets = [
             md.Asset(name, [writer.write_section("asset", source.read_asset(name), compress=True)])
             for name, _ in source.assets
@@ -149,7 +125,7 @@ def run(
         assets.append(md.Asset(md.REPORT, [report]))
         model.check_unchanged()
         metadata = make_metadata(job, signs, tensors, assets)
-        check = partial(_check_decoding, run, _stepper(progress, "checking", total))
+        check = partial(check_decoding, run, _stepper(progress, "checking", total))
         writer.finish(metadata, check)
     return inspect(out)
 
@@ -164,7 +140,9 @@ def check_output_place(out: str | os.PathLike[str], source: Source) -> None:
     """Refuse (CannotCreate) an output in the model directory, where the next conversion would read it."""
     root = os.path.realpath(source.model.path)
     if Path(root) in Path(os.path.realpath(out)).parents:
-        raise CannotCreate("the output lies inside the model directory", file=os.fspath(out), hint="choose another folder")
+        raise CannotCreate(
+            "the output lies inside the model directory", file=os.fspath(out), hint="choose another folder"
+        )
     for file, _ in source.model.files:
         if os.path.exists(out) and os.path.samefile(out, source.model.path / file):
             raise CannotCreate(f"the output is the source file {file}", file=os.fspath(out))
@@ -211,131 +189,3 @@ def _stepper(progress: Progress | None, stage: str, total: int) -> Callable[[int
             progress(stage, done, total)
 
     return step
-
-
-# --- one tensor -------------------------------------------------------------------------------------
-
-
-def _write_tensor(run: _Run, tensor: SourceTensor, choice: Choice) -> md.Tensor:
-    if choice.bits is None:
-        return _write_raw(run, tensor, choice.reason)
-    largest, bad, first = _survey(run, tensor)
-    if bad and run.nonfinite == "raw":
-        return _write_raw(run, tensor, f"{bad} weights are NaN or infinite")
-    if bad:
-        raise NonFinite(
-            f"{bad} of {tensor.numel} weights are NaN or infinite, the first at flat index {first}",
-            file=tensor.file,
-            tensor=tensor.name,
-            hint="repair the model, or pass --nonfinite raw to keep such tensors unquantized",
-        )
-    position = run.writer.position
-    try:
-        return _write_scalar(run, tensor, choice.bits, choice.reason, largest)
-    except _CannotDecode:
-        run.writer.rewind(position)
-        run.step(-tensor.length)
-        return _write_raw(run, tensor, f"at {choice.bits} bits it would decode to infinity")
-
-
-def _write_raw(run: _Run, tensor: SourceTensor, reason: str) -> md.RawTensor:
-    section = run.writer.open_section("raw", tensor.length)
-    for start in range(0, tensor.length, READ):
-        piece = run.model.read(tensor, start, min(READ, tensor.length - start))
-        section.write(piece)
-        run.step(len(piece))
-    return md.RawTensor(tensor.name, tensor.dtype, list(tensor.shape), reason, [section.done()])
-
-
-def _chunks(tensor: SourceTensor) -> Iterator[tuple[int, int]]:
-    """(first byte, bytes) of each chunk of a tensor."""
-    size = CHUNK * ITEM_BITS[tensor.dtype] // 8
-    for start in range(0, tensor.length, size):
-        yield start, min(size, tensor.length - start)
-
-
-def _survey(run: _Run, tensor: SourceTensor) -> tuple[float, int, int]:
-    """The largest finite magnitude, the number of weights that are not finite, and the first of those."""
-
-    def look(place: tuple[int, int]) -> tuple[float, int, int]:
-        weights = widen(run.model.read(tensor, *place), tensor.dtype)
-        finite = np.isfinite(weights)
-        if finite.all():
-            return float(np.abs(weights).max()), 0, -1
-        first = place[0] * 8 // ITEM_BITS[tensor.dtype] + int(np.argmin(finite))
-        return 0.0, int(np.count_nonzero(~finite)), first
-
-    found = list(ordered_map(run.pool, look, _chunks(tensor)))
-    bad = sum(count for _, count, _ in found)
-    return max(f[0] for f in found), bad, next((first for _, count, first in found if count), -1)
-
-
-def _fit(run: _Run, tensor: SourceTensor, bits: int, exponent: int, signs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The codebook of a tensor, from its sampled blocks."""
-    block_bytes = BLOCK * ITEM_BITS[tensor.dtype] // 8
-    groups = sample_groups(-(-tensor.length // block_bytes))
-    if groups.step == GROUP:  # every block
-        pieces = [run.model.read(tensor, 0, tensor.length)]
-    else:
-        places = (first * block_bytes for first in groups)
-        pieces = [run.model.read(tensor, at, min(GROUP * block_bytes, tensor.length - at)) for at in places]
-    return fit_lloyd_max(sample_blocks(b"".join(pieces), tensor.dtype, exponent, signs), bits)
-
-
-def _write_scalar(run: _Run, tensor: SourceTensor, bits: int, reason: str, largest: float) -> md.ScalarTensor:
-    exponent = choose_exponent(largest)
-    signs = sign_vector()
-    code = ScalarCode(tensor.dtype, bits, exponent, _fit(run, tensor, bits, exponent, signs), signs, run.effort)
-
-    def work(place: tuple[int, int]) -> tuple[bytes, EncodedChunk]:
-        raw = run.model.read(tensor, *place)
-        return raw, quantize(raw, code)
-
-    sections = {kind: run.writer.open_section(kind, n) for kind, n in scalar_lengths(tensor.numel, bits).items()}
-    sections["levels"].write(code.levels.tobytes())
-    digest, sums, checksums = hashlib.sha256(), ErrorSums(), []
-    finite = True
-    for raw, chunk in ordered_map(run.pool, work, _chunks(tensor)):
-        digest.update(raw)
-        sections["codes"].write(chunk.codes)
-        sections["scales"].write(chunk.scales)
-        sums.add(chunk.sums)
-        checksums.append(chunk.checksum)
-        finite &= chunk.finite
-        run.step(len(raw))
-    if not finite:
-        raise _CannotDecode
-    closeness = sums.closeness()
-    if closeness is not None:
-        run.report.append(TensorReport(tensor.name, closeness.cosine, closeness.rel_mse))
-    run.checksums[tensor.name] = checksums
-    return md.ScalarTensor(
-        tensor.name, tensor.dtype, list(tensor.shape), reason, bits, BLOCK, exponent, digest.hexdigest(),
-        [section.done() for section in sections.values()],
-    )  # fmt: skip
-
-
-def _check_decoding(run: _Run, step: Callable[[int], None], reader: Reader) -> None:
-    """Decode every quantized tensor from the written file: it must give the bits that the errors were
-    measured on."""
-    import zlib
-
-    for tensor in reader.metadata.tensors:
-        if not isinstance(tensor, md.ScalarTensor):
-            continue
-        code = scalar_code(reader, tensor)
-
-        def decode(chunk: CodeChunk, code: ScalarCode = code) -> tuple[int, int]:
-            values = narrow(dequantize(chunk.packed, chunk.scales, code, chunk.count), code.dtype)
-            return zlib.crc32(values.tobytes()), values.nbytes
-
-        expected = run.checksums[tensor.name]
-        for i, (found, size) in enumerate(ordered_map(run.pool, decode, code_chunks(reader, tensor))):
-            if found != expected[i]:
-                raise SelfCheckFailed(
-                    f"weights from {i * CHUNK} decode to checksum {found:08x}, encoded were {expected[i]:08x}; "
-                    "nothing was published",
-                    file=reader.path,
-                    tensor=tensor.name,
-                )
-            step(size)

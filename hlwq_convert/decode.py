@@ -9,12 +9,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
+from numpy.typing import NDArray
+
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import NUMPY, narrow, widen
 from hlwq_formats.errors import UnsupportedDtype
 from hlwq_formats.layout import BLOCK, numel
 from hlwq_formats.reader import Reader
-from numpy.typing import NDArray
 
 from .quantize import CHUNK, ScalarCode, dequantize
 

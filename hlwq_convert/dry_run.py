@@ -47,7 +47,7 @@ def _planned(tensor: SourceTensor, choice: Choice) -> md.Tensor:
     if choice.bits is None:
         section = md.Section("raw", tensor.length, _UNKNOWN)
         return md.RawTensor(tensor.name, tensor.dtype, shape, choice.reason, [section])
-    sections = [md.Section(k, n, _UNKNOWN) for k, n in scalar_lengths(tensor.numel, choice.bits).items()]  # type: ignore[arg-type]
+    sections = [md.Section(k, n, _UNKNOWN) for k, n in scalar_lengths(tensor.numel, choice.bits).items()]
     return md.ScalarTensor(tensor.name, tensor.dtype, shape, choice.reason, choice.bits, BLOCK, 0, _UNKNOWN, sections)
 
 

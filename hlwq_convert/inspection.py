@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import msgspec
+
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import ITEM_BITS
 from hlwq_formats.errors import BadMetadata, escape
@@ -122,7 +123,9 @@ def _read_report(reader: Reader) -> Report:
         raise BadMetadata(f"{md.REPORT}: {escape(str(error))}", file=reader.path) from None
     for entry in report.tensors:
         if not isinstance(reader.tensors.get(entry.name), md.ScalarTensor):
-            raise BadMetadata(f"{md.REPORT} speaks of a tensor that is not quantized", file=reader.path, tensor=entry.name)
+            raise BadMetadata(
+                f"{md.REPORT} speaks of a tensor that is not quantized", file=reader.path, tensor=entry.name
+            )
         if not (-1.000001 <= entry.cosine <= 1.000001 and 0 <= entry.rel_mse < float("inf")):
             raise BadMetadata(f"{md.REPORT} holds impossible numbers", file=reader.path, tensor=entry.name)
     return report

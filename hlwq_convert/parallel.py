@@ -19,13 +19,13 @@ def default_workers() -> int:
     return os.cpu_count() or 1
 
 
-def ordered_map(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Like map, with at most two items a worker begun and not yet taken."""
+def ordered_map(pool: ThreadPoolExecutor, ahead: int, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Like map, with at most `ahead` items begun and not yet taken."""
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) >= 2 * pool._max_workers:
+            if len(waiting) >= ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -84,7 +84,9 @@ def _useless(rule: md.Rule, names: list[str], choices: dict[str, Choice]) -> Usa
     shown = escape(rule.match, 120)
     if names:
         why = choices[names[0]].reason
-        return Usage(f'--set: "{shown}" matches only what cannot be quantized', tensor=names[0], hint=f"it is raw: {why}")
+        return Usage(
+            f'--set: "{shown}" matches only what cannot be quantized', tensor=names[0], hint=f"it is raw: {why}"
+        )
     plain = re.sub(r"[^\w.]", "", rule.match)
     parts = sorted({part for name in choices for part in (name, *name.split("."))})
     close = difflib.get_close_matches(plain, parts, 3, 0.5)

@@ -10,10 +10,11 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
 from hlwq_formats.bitpack import pack, unpack
 from hlwq_formats.dtypes import narrow, widen
 from hlwq_formats.layout import BLOCK, count_blocks
-from numpy.typing import NDArray
 
 from .rotate import block_sums, from_blocks, fwht, to_blocks
 from .scalar import Effort, encode
@@ -77,13 +78,13 @@ def quantize(raw: bytes, code: ScalarCode) -> EncodedChunk:
     finite = bool(np.isfinite(restored).all())
     with np.errstate(invalid="ignore", over="ignore"):  # not finite: the caller keeps the tensor raw
         error = blocks - restored
-        sums = [block_sums(a * b) for a, b in ((blocks, blocks), (restored, restored), (blocks, restored), (error, error))]
+        sums = [
+            block_sums(a * b) for a, b in ((blocks, blocks), (restored, restored), (blocks, restored), (error, error))
+        ]
     return EncodedChunk(packed, scales.tobytes(), np.stack(sums), finite, zlib.crc32(decoded))
 
 
-def dequantize(
-    packed: bytes, scales: NDArray[np.float16], code: ScalarCode, count: int
-) -> NDArray[np.float32]:
+def dequantize(packed: bytes, scales: NDArray[np.float16], code: ScalarCode, count: int) -> NDArray[np.float32]:
     """Decode the first `count` weights of a run of blocks, as (count,) float32 (spec section 6.3).
 
     w = signs * (scale * fwht(levels[codes])), multiplied in exactly this order.

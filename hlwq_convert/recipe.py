@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 import msgspec
+
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import MissingInput, Usage, escape
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from hlwq_formats.layout import BLOCK, count_blocks
 from numpy.typing import NDArray
+
+from hlwq_formats.layout import BLOCK, count_blocks
 
 SIGN_BYTES = hashlib.sha256(b"hlwq signs v1").digest()[: BLOCK // 8]
 """The sign vector every file gets: bit i % 8 of byte i // 8 is 1 where coordinate i changes its sign."""

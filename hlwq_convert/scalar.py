@@ -62,8 +62,9 @@ def _encode_at_gain(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     """Codes of (n, 128) at the scale `step` (n,), the least-squares scale of these codes, and the energy that
     it captures: the squared error is the block's energy less this, so the largest is the best."""
-    codes = nearest_level(rotated * (1 / step)[:, None], levels)
+    codes = nearest_level(rotated * (np.float32(1) / step)[:, None], levels)
     chosen = levels[codes]
-    product = np.maximum(block_sums(rotated * chosen), np.float32(0))
-    scale = product / np.maximum(block_sums(chosen * chosen), np.float32(1e-30))
+    product: NDArray[np.float32] = np.maximum(block_sums(rotated * chosen), np.float32(0))
+    energy: NDArray[np.float32] = np.maximum(block_sums(chosen * chosen), np.float32(1e-30))
+    scale = product / energy
     return codes, scale, scale * product

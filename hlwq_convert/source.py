@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import AlreadyQuantized, BadModelDir, MissingInput, escape
+from hlwq_formats.paths import unsafe_path
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 from hlwq_formats.strict_json import parse
 
@@ -47,7 +48,9 @@ def open_source(path: str | os.PathLike[str], *, passthrough: bool = False) -> S
     model = ModelDir(path)
     if not (model.path / "config.json").exists():
         raise MissingInput("config.json is missing", file=str(path), hint="a Hugging Face model directory has one")
-    config = parse(model.read_file("config.json", md.MAX_ASSET), lambda problem: BadModelDir(problem, file="config.json"))
+    config = parse(
+        model.read_file("config.json", md.MAX_ASSET), lambda problem: BadModelDir(problem, file="config.json")
+    )
     if not isinstance(config, dict):
         raise BadModelDir("not a JSON object", file="config.json")
     tensors = sorted(model.tensors.values(), key=lambda tensor: tensor.name.encode())
@@ -68,7 +71,9 @@ def _refuse_quantized(config: dict[str, object], tensors: list[SourceTensor]) ->
         )
     for tensor in tensors:
         if tensor.name.endswith(("weight_scale", "weight_scale_inv")):
-            raise AlreadyQuantized("a scale of already quantized weights", file=tensor.file, tensor=tensor.name, hint=hint)
+            raise AlreadyQuantized(
+                "a scale of already quantized weights", file=tensor.file, tensor=tensor.name, hint=hint
+            )
 
 
 def _list_assets(model: ModelDir) -> list[tuple[str, int]]:
@@ -79,7 +84,7 @@ def _list_assets(model: ModelDir) -> list[tuple[str, int]]:
             if path.is_file() and not name.startswith(".") and not fnmatch.fnmatch(name, "*.index.json"):
                 if name.lower().endswith(_FORBIDDEN):
                     continue
-                if (problem := md.unsafe_path(name)) is not None:
+                if (problem := unsafe_path(name)) is not None:
                     raise BadModelDir(problem, file=name)
                 found.append((name, path.stat().st_size))
     for name, size in found:
@@ -92,7 +97,7 @@ def _provenance(model: ModelDir) -> md.Source:
     """Repository and revision as the Hugging Face cache names them: models--ORG--NAME/snapshots/HASH."""
     real = Path(os.path.realpath(model.path))
     repo = revision = None
-    if real.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", real.name):
-        if match := re.fullmatch(r"models--([\w.-]+)--([\w.-]+)", real.parent.parent.name, re.ASCII):
-            repo, revision = f"{match[1]}/{match[2]}", real.name
+    in_cache = real.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", real.name)
+    if in_cache and (match := re.fullmatch(r"models--([\w.-]+)--([\w.-]+)", real.parent.parent.name, re.ASCII)):
+        repo, revision = f"{match[1]}/{match[2]}", real.name
     return md.Source(repo=repo, revision=revision, files=[md.SourceFile(name, size) for name, size in model.files])

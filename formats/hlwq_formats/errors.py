@@ -20,8 +20,7 @@ def escape(text: str, limit: int = 200) -> str:
     """Return `text` printable on one line: control, bidi and other unprintable characters become
     backslash escapes; a text over `limit` characters loses its middle."""
     shown = "".join(
-        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode("ascii")
-        for char in text
+        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode("ascii") for char in text
     )
     if len(shown) <= limit:
         return shown

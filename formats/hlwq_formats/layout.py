@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import BadHeader, BadLayout, Incomplete, NotHlwq, UnsupportedFeature, UnsupportedVersion, WrongSize
 
@@ -53,7 +54,7 @@ def numel(shape: Sequence[int]) -> int:
     return math.prod(shape)
 
 
-def scalar_lengths(n_elements: int, bits: int) -> dict[str, int]:
+def scalar_lengths(n_elements: int, bits: int) -> dict[Literal["codes", "levels", "scales"], int]:
     """Section kind -> bytes of a scalar tensor: packed codes, float32 levels, float16 scales."""
     blocks = count_blocks(n_elements)
     return {"codes": blocks * BLOCK * bits // 8, "levels": 4 << bits, "scales": 2 * blocks}
@@ -119,7 +120,9 @@ def decode_header(head: bytes, file_size: int, file: str) -> Header:
     if major == 0:
         raise BadHeader("version 0 does not exist", file=file)
     if major != MAJOR:
-        raise UnsupportedVersion(f"format {major}.{minor} needs a reader for {major}.x, this one reads {MAJOR}.x", file=file)
+        raise UnsupportedVersion(
+            f"format {major}.{minor} needs a reader for {major}.x, this one reads {MAJOR}.x", file=file
+        )
     if unknown := incompat & ~KNOWN_INCOMPAT:
         bits = [bit for bit in range(64) if unknown >> bit & 1]
         names = ", ".join(f"{bit} ({INCOMPAT_NAMES.get(bit, 'unknown')})" for bit in bits[:8])

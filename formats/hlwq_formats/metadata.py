@@ -8,16 +8,14 @@ other number spellings and white space all at once.
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Iterator
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from .dtypes import ITEM_BITS, WEIGHT_DTYPES, nbytes
-from .errors import BadMetadata, BadTensor, UnsupportedFeature, escape
-from .layout import BLOCK, MAX_NUMEL, MINOR, numel, scalar_lengths
+from .errors import BadMetadata, UnsupportedFeature, escape
+from .layout import BLOCK, MINOR
 
 FRAME = 1 << 20
 MAX_ASSET = 64 << 20
@@ -32,10 +30,11 @@ Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Text = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f]*\Z", max_length=4096)]
 Name = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f]+\Z", max_length=MAX_NAME_BYTES)]
 Shape = Annotated[list[Count], Meta(max_length=8)]
+Kind = Literal["signs", "codes", "levels", "scales", "raw", "asset"]
 Bits = Annotated[int, Meta(ge=2, le=8)]
 
 
-class Document(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+class Document(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """Base of every object in the metadata: an unknown key is an error."""
 
 
@@ -50,7 +49,7 @@ class Zstd(Document):
 class Section(Document):
     """One run of stored bytes, its length in bytes and their SHA-256."""
 
-    kind: Literal["signs", "codes", "levels", "scales", "raw", "asset"]
+    kind: Kind
     length: Count
     sha256: Digest
     zstd: Zstd | UnsetType = UNSET
@@ -158,9 +157,9 @@ class Metadata(Document):
     tool: Tool
 
 
-def encode(metadata: Metadata) -> bytes:
+def encode(document: msgspec.Struct) -> bytes:
     """The canonical bytes of a document."""
-    return msgspec.json.encode(metadata, order="sorted")
+    return msgspec.json.encode(document, order="sorted")
 
 
 T = TypeVar("T", bound=Document)
@@ -186,23 +185,15 @@ def decode_canonical(document: bytes, kind: type[T], minor: int, file: str) -> T
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise BadMetadata(f"metadata: {escape(str(error))}", file=file) from None
     if again != document:
-        at = next((i for i, (a, b) in enumerate(zip(again, document, strict=False)) if a != b), min(len(again), len(document)))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(again, document, strict=False)) if a != b), min(len(again), len(document))
+        )
         raise BadMetadata(
             f"metadata is not canonical from byte {at}: expected {escape(repr(again[at : at + 24]))}, "
             f"found {escape(repr(document[at : at + 24]))}",
             file=file,
         )
     return value
-
-
-def decode(document: bytes, minor: int, file: str) -> Metadata:
-    """Decode and validate a whole metadata document.
-
-    Raises BadMetadata or BadTensor (65), UnsupportedFeature (69).
-    """
-    metadata = decode_canonical(document, Metadata, minor, file)
-    validate(metadata, file)
-    return metadata
 
 
 def all_sections(metadata: Metadata) -> Iterator[tuple[str, str, Section]]:
@@ -243,116 +234,3 @@ def content_id(metadata: Metadata) -> str:
             case AliasTensor():
                 entries.append([t.name, t.dtype, t.shape, "alias", None, None, None, t.of])
     return hashlib.sha256(msgspec.json.encode(entries)).hexdigest()
-
-
-# --- what the types cannot say ----------------------------------------------------------------------
-
-
-def validate(metadata: Metadata, file: str) -> None:
-    """Check entries against each other and every length against the one derived from shape and bits."""
-    if metadata.split is not None:
-        raise BadMetadata("metadata: a split set without its feature bit", file=file)
-    if metadata.signs is not None:
-        _check_section(metadata.signs, "signs", SIGNS_LENGTH, file, None)
-    stored: dict[str, RawTensor | ScalarTensor] = {}
-    previous = b""
-    for tensor in metadata.tensors:
-        name = tensor.name.encode()
-        if len(name) > MAX_NAME_BYTES:
-            raise BadTensor(f"name of {len(name)} bytes, at most {MAX_NAME_BYTES}", file=file, tensor=tensor.name)
-        if name <= previous:
-            problem = "appears twice" if name == previous else "is out of order"
-            raise BadTensor(f"{problem}: tensors are sorted by the bytes of their names", file=file, tensor=tensor.name)
-        previous = name
-        _check_tensor(tensor, stored, file)
-        if not isinstance(tensor, AliasTensor):
-            stored[tensor.name] = tensor
-    _check_assets(metadata.assets, file)
-
-
-def _check_tensor(tensor: Tensor, stored: dict[str, RawTensor | ScalarTensor], file: str) -> None:
-    def bad(problem: str) -> BadTensor:
-        return BadTensor(problem, file=file, tensor=tensor.name)
-
-    if tensor.dtype not in ITEM_BITS:
-        raise UnsupportedFeature(f"unknown dtype {escape(tensor.dtype, 40)}", file=file, tensor=tensor.name)
-    if numel([max(d, 1) for d in tensor.shape]) > MAX_NUMEL:
-        raise bad(f"shape {tensor.shape} has 2**53 elements or more")
-    n = numel(tensor.shape)
-    match tensor:
-        case AliasTensor():
-            target = stored.get(tensor.of)
-            if target is None:
-                raise bad(f'alias of "{escape(tensor.of, 120)}", which is not an earlier stored tensor')
-            if (target.dtype, target.shape) != (tensor.dtype, tensor.shape):
-                raise bad(
-                    f"{tensor.dtype} {tensor.shape} is an alias of "
-                    f'"{escape(tensor.of, 120)}", which is {target.dtype} {target.shape}'
-                )
-            return
-        case RawTensor():
-            size = nbytes(tensor.dtype, n)
-            if size is None:
-                raise bad(f"{n} elements of {tensor.dtype} do not fill whole bytes")
-            expected = {"raw": size}
-        case ScalarTensor():
-            if tensor.block != BLOCK:
-                raise UnsupportedFeature(f"blocks of {tensor.block}, this reader knows {BLOCK}", file=file, tensor=tensor.name)
-            if tensor.dtype not in WEIGHT_DTYPES or n == 0:
-                raise bad(f"{tensor.dtype} {tensor.shape} cannot have the encoding scalar")
-            expected = scalar_lengths(n, tensor.bits)
-    kinds = [section.kind for section in tensor.sections]
-    if kinds != list(expected):
-        raise bad(f"sections {kinds}, expected {list(expected)}")
-    for section in tensor.sections:
-        _check_section(section, section.kind, expected[section.kind], file, tensor.name)
-
-
-def _check_section(section: Section, kind: str, length: int, file: str, tensor: str | None) -> None:
-    if (section.kind, section.length, section.zstd) != (kind, length, UNSET):
-        packed = "" if section.zstd is UNSET else ", compressed"
-        raise BadTensor(
-            f"{section.kind} section of {section.length} bytes{packed}; expected {kind} of {length} bytes",
-            file=file,
-            tensor=tensor,
-        )
-
-
-def _check_assets(assets: list[Asset], file: str) -> None:
-    order = [(asset.name == REPORT, asset.name.encode()) for asset in assets]
-    if any(a >= b for a, b in zip(order, order[1:], strict=False)):
-        raise BadMetadata(f"assets are not sorted by name with {REPORT} last, or one appears twice", file=file)
-    total = 0
-    for asset in assets:
-        section = asset.sections[0]
-        problem = unsafe_path(asset.name)
-        if problem is None and section.kind != "asset":
-            problem = f"a section of kind {section.kind}, expected asset"
-        if problem is None and section.zstd is not UNSET:
-            frames, size = section.zstd.frames, section.zstd.raw_length
-            if len(frames) != -(-size // FRAME) or sum(frames) != section.length:
-                problem = (
-                    f"{len(frames)} frames of {sum(frames)} bytes for {size} raw bytes in {section.length} stored ones"
-                )
-        total += raw_length(section)
-        if problem is None and (raw_length(section) > MAX_ASSET or total > MAX_ASSETS_TOTAL):
-            problem = f"over the limit of {MAX_ASSET} bytes, or {MAX_ASSETS_TOTAL} for all assets"
-        if problem is not None:
-            raise BadMetadata(f'asset "{escape(asset.name, 120)}": {problem}', file=file)
-
-
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{device}{n}" for device in ("COM", "LPT") for n in range(10))}
-
-
-def unsafe_path(name: str) -> str | None:
-    """Why `name` is no plain relative path on both POSIX and Windows, or None when it is one."""
-    if len(name.encode()) > MAX_NAME_BYTES:
-        return "the name is too long"
-    for part in name.split("/"):
-        if part in ("", ".", ".."):
-            return "the name is not a plain relative path"
-        if any(char in '\\:*?"<>|' or unicodedata.category(char) == "Cc" for char in part):
-            return "the name holds a character that paths may not have"
-        if part[-1] in ". " or part.split(".")[0].rstrip().upper() in _DEVICES or len(part.encode()) > 255:
-            return "the name is not usable on every system"
-    return None

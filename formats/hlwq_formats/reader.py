@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import numpy as np
@@ -20,6 +20,7 @@ from .errors import BadDigest, BadLayout, BadValues, Usage, escape
 from .files import InputFile
 from .layout import HEADER_LEN, Header, check_not_incomplete, decode_header, place_sections
 from .sections import unpack_section
+from .validate import validate
 
 CHUNK = 4 << 20
 MAX_LEVEL = 65504.0
@@ -51,7 +52,8 @@ class Reader:
         document = self._file.read(self.header.meta_off, self.header.meta_len)
         if hashlib.sha256(document).digest() != self.header.meta_sha256:
             raise BadDigest("the metadata is damaged: its SHA-256 is not the one in the header", file=name)
-        self.metadata = md.decode(document, self.header.minor, name)
+        self.metadata = md.decode_canonical(document, md.Metadata, self.header.minor, name)
+        validate(self.metadata, name)
         self.tensors: dict[str, md.Tensor] = {t.name: t for t in self.metadata.tensors}
         self.assets: dict[str, md.Asset] = {a.name: a for a in self.metadata.assets}
 
@@ -83,7 +85,7 @@ class Reader:
 
     # --- bytes ---------------------------------------------------------------------------------
 
-    def iter_section(self, kind: str, owner: str, section_kind: str, chunk: int = CHUNK) -> Iterator[bytes]:
+    def iter_section(self, kind: str, owner: str, section_kind: md.Kind, chunk: int = CHUNK) -> Iterator[bytes]:
         """Yield the stored bytes in pieces of `chunk` bytes (the last shorter), hashing on the way.
 
         Bytes are verified only once the iterator is exhausted: raises BadDigest then, and the caller must
@@ -108,7 +110,7 @@ class Reader:
                 hint="fetch the file again",
             )
 
-    def read_section(self, kind: str, owner: str, section_kind: str) -> bytes:
+    def read_section(self, kind: str, owner: str, section_kind: md.Kind) -> bytes:
         """The raw (decompressed) bytes of a section, verified."""
         section = self._sections[self._index[kind, owner, section_kind]]
         stored = b"".join(self.iter_section(kind, owner, section_kind))
@@ -153,7 +155,7 @@ class Reader:
             )
         return bits.view("<f2")
 
-    def _bad_values(self, tensor: md.Tensor, kind: str, problem: str) -> BadValues:
+    def _bad_values(self, tensor: md.Tensor, kind: md.Kind, problem: str) -> BadValues:
         offset = self._offsets[self._index["tensor", tensor.name, kind]]
         return BadValues(problem, file=self.path, tensor=tensor.name, section=kind, offset=offset)
 
@@ -187,11 +189,15 @@ class Reader:
             case md.AliasTensor():
                 pass  # its bytes are those of an earlier tensor
 
-    def verify(self) -> None:
-        """Check every byte of the file."""
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Check every byte of the file; `progress` is called with (bytes done, bytes in all)."""
         self.verify_shared()
+        done = 0
         for tensor in self.metadata.tensors:
             self.verify_tensor(tensor)
+            if progress is not None and not isinstance(tensor, md.AliasTensor):
+                done += sum(section.length for section in tensor.sections)
+                progress(done, self.header.data_len)
 
     def close(self) -> None:
         """Close the file; twice is once."""
@@ -204,5 +210,3 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-

@@ -18,7 +18,8 @@ from .dtypes import ITEM_BITS, nbytes
 from .errors import BadModelDir, BadSafetensors, MissingInput, SourceChanged, UnsafePath, UnsupportedDtype, escape
 from .files import InputFile
 from .layout import MAX_NUMEL, numel
-from .metadata import MAX_NAME_BYTES, unsafe_path
+from .metadata import MAX_NAME_BYTES
+from .paths import unsafe_path
 from .strict_json import parse
 
 MAX_HEADER = 64 << 20
@@ -81,7 +82,9 @@ class ModelDir:
         if len(shards) == 1 and not re.search(r"-of-0*(?!1\b)\d+\.safetensors$", shards[0]):
             return {shards[0]: None}
         if shards:
-            raise self._bad(f"{len(shards)} shards and no {INDEX_SUFFIX[1:]}: " + _listed(shards), hint="fetch the index too")
+            raise self._bad(
+                f"{len(shards)} shards and no {INDEX_SUFFIX[1:]}: " + _listed(shards), hint="fetch the index too"
+            )
         partial = [name for name in names if name.endswith((".incomplete", ".aria2"))]
         if partial:
             raise MissingInput(f"an unfinished download: {_listed(partial)}", file=str(self.path), hint="finish it")

@@ -12,7 +12,7 @@ import zstandard
 from msgspec import UNSET
 
 from .errors import BadDigest, BadFrames
-from .metadata import FRAME, Section, Zstd
+from .metadata import FRAME, Kind, Section, Zstd
 
 LEVEL = 15
 MAX_WINDOW = 8 << 20
@@ -24,7 +24,7 @@ def zstd_version() -> str:
     return ".".join(str(part) for part in zstandard.ZSTD_VERSION)
 
 
-def make_section(kind: str, data: bytes, *, compress: bool) -> tuple[Section, bytes]:
+def make_section(kind: Kind, data: bytes, *, compress: bool) -> tuple[Section, bytes]:
     """Return the section of `data` and the bytes to store; compressed only where it saves 3 %."""
     raw_sha = hashlib.sha256(data).hexdigest()
     if compress and data:
@@ -33,8 +33,8 @@ def make_section(kind: str, data: bytes, *, compress: bool) -> tuple[Section, by
         stored = b"".join(frames)
         if len(stored) * 100 <= len(data) * 97:
             packing = Zstd(frames=[len(f) for f in frames], raw_length=len(data), raw_sha256=raw_sha)
-            return Section(kind, len(stored), hashlib.sha256(stored).hexdigest(), packing), stored  # type: ignore[arg-type]
-    return Section(kind, len(data), raw_sha), data  # type: ignore[arg-type]
+            return Section(kind, len(stored), hashlib.sha256(stored).hexdigest(), packing), stored
+    return Section(kind, len(data), raw_sha), data
 
 
 def unpack_section(section: Section, stored: bytes, file: str, where: str) -> bytes:

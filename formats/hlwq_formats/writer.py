@@ -22,7 +22,7 @@ from .sections import make_section
 class SectionWriter:
     """One section of known length at a known place, written front to back and hashed on the way."""
 
-    def __init__(self, file: AtomicFile, kind: str, offset: int, length: int) -> None:
+    def __init__(self, file: AtomicFile, kind: md.Kind, offset: int, length: int) -> None:
         self._file = file
         self._kind = kind
         self._position = offset
@@ -42,7 +42,7 @@ class SectionWriter:
         """The entry of the finished section."""
         if self._position != self._end:
             raise Internal(f"{self._kind} section lacks {self._end - self._position} of {self._length} bytes")
-        return md.Section(self._kind, self._length, self._digest.hexdigest())  # type: ignore[arg-type]
+        return md.Section(self._kind, self._length, self._digest.hexdigest())
 
 
 class Writer:
@@ -62,14 +62,14 @@ class Writer:
             self._file.abandon()
             raise
 
-    def open_section(self, kind: str, length: int) -> SectionWriter:
+    def open_section(self, kind: md.Kind, length: int) -> SectionWriter:
         """Take the next place for a section of `length` bytes. Several may be open at once."""
         offset = align(self.position)
         self._file.write(self.position, bytes(offset - self.position))
         self.position = offset + length
         return SectionWriter(self._file, kind, offset, length)
 
-    def write_section(self, kind: str, data: bytes, *, compress: bool = False) -> md.Section:
+    def write_section(self, kind: md.Kind, data: bytes, *, compress: bool = False) -> md.Section:
         """Write a whole section at once, compressed where that is asked for and pays."""
         section, stored = make_section(kind, data, compress=compress)
         self.open_section(kind, len(stored)).write(stored)

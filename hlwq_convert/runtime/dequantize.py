@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 from hlwq_formats.layout import BLOCK
 
 from ..decode import CodeChunk

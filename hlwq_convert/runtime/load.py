@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import torch
+
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import UnsupportedDtype
 from hlwq_formats.layout import numel

@@ -1,0 +1,149 @@
+"""What the commands share: one way to fail, to be interrupted and to show progress."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+import rich_click as click
+
+from hlwq_formats.errors import HlwqError, Internal, IoFailure, Usage, escape
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that what was begun is cleaned up."""
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--quiet, --debug and --version."""
+    from .. import __version__
+
+    for option in (
+        click.version_option(__version__, package_name="hlwq-convert", message="%(prog)s %(version)s"),
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and --json)."),
+    ):
+        command = option(command)
+    return command
+
+
+def run_command(command: click.Command, program: str) -> NoReturn:
+    """Run a command and exit with the status of DESIGN: one line on stderr for whatever went wrong."""
+    signal.signal(signal.SIGTERM, _terminate)
+    debug = "--debug" in sys.argv[1:]
+    try:
+        # not command.main(), which prints a line of its own when interrupted
+        with command.make_context(program, sys.argv[1:]) as context:
+            status = command.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as done:  # --help and --version
+        status = done.exit_code
+    except KeyboardInterrupt:
+        status = _fail("hlwq: interrupted", 130)
+    except _Terminated:
+        status = _fail("hlwq: terminated", 143)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 141
+    except click.ClickException as error:
+        hint = f"see {program} --help"
+        status = _report(Usage(escape(error.format_message().replace("\n", " "), 300), hint=hint), debug)
+    except HlwqError as error:
+        status = _report(error, debug)
+    except OSError as error:
+        file = error.filename if isinstance(error.filename, str) else None
+        status = _report(IoFailure(error.strerror or str(error), file=file), debug)
+    except MemoryError:
+        status = _report(IoFailure("out of memory", hint="use fewer --workers"), debug)
+    except Exception as error:  # whatever is left is a bug of ours, and a user still gets one line
+        problem = f"internal error: {type(error).__name__}: {escape(str(error))}"
+        status = _report(Internal(problem, hint="please report it with the output of --debug"), debug)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _report(error: HlwqError, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    return _fail(f"hlwq: error[HLWQ-{error.code}]: {error}", error.exit_status)
+
+
+def _fail(line: str, status: int) -> int:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is closed: the status must do
+        print(line, file=sys.stderr, flush=True)
+    return status
+
+
+def warn(message: str) -> None:
+    """One warning line on stderr."""
+    print(f"hlwq: warning: {message}", file=sys.stderr)
+
+
+class ProgressLine:
+    """Bytes done, rate and time left on stderr: a bar in a terminal, else a line every ten seconds."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._stage = ""
+        self._began = self._said = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Take note that `done` of `total` bytes of a stage are done."""
+        if self._quiet:
+            return
+        if stage != self._stage:
+            self._stage, self._began, self._said = stage, time.monotonic(), time.monotonic()
+            if sys.stderr.isatty():
+                self._start_bar(stage, total)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        elif (now := time.monotonic()) - self._said >= 10:
+            self._said = now
+            rate = done / (now - self._began)
+            left = (total - done) / rate if rate else 0
+            print(
+                f"hlwq: {stage} {100 * done // max(total, 1)} %, {rate / 1e6:.0f} MB/s, {left:.0f} s left",
+                file=sys.stderr,
+            )
+
+    def _start_bar(self, stage: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        if self._bar is None:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+        self._task = self._bar.add_task(stage, total=total)
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

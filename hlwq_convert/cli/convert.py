@@ -1,0 +1,102 @@
+"""hlwq-convert: a model directory into one .hlwq file."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any, NoReturn
+
+import rich_click as click
+
+from .common import ProgressLine, common_options, run_command, warn
+
+
+@click.command()
+@click.argument("model_dir", type=click.Path())
+@click.argument("output", type=click.Path())
+@click.option("--bits", "-b", type=click.IntRange(2, 8), help="Bits a weight, 2 to 8.  [default: 5]")
+@click.option("--recipe", metavar="NAME|FILE", help="Bits by tensor: uniform, mixed, or a TOML file.")
+@click.option(
+    "--set",
+    "sets",
+    metavar="REGEX=BITS",
+    multiple=True,
+    help="Bits (or raw) for matching tensors; the last match wins.",
+)
+@click.option(
+    "--effort",
+    type=click.Choice(["default", "fast"]),
+    default="default",
+    help="fast skips the search for block scales.",
+)
+@click.option("--workers", "-j", type=click.IntRange(1), help="Threads.  [default: the CPUs this process may use]")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
+@click.option(
+    "--nonfinite",
+    type=click.Choice(["error", "raw"]),
+    default="error",
+    help="What to do with a tensor that holds NaN or infinity.",
+)
+@click.option("--passthrough", is_flag=True, help="Accept an already quantized model and keep every tensor as it is.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and the size from headers alone; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@common_options
+def command(
+    model_dir: str, output: str, as_json: bool, quiet: bool, debug: bool, dry_run: bool, workers: int | None,
+    overwrite: bool, nonfinite: Any, **options: Any,
+) -> None:  # fmt: skip
+    """Convert the Hugging Face model in MODEL_DIR into the file OUTPUT.
+
+    Matrices are rotated and quantized; norms, biases, routers and other delicate tensors stay as they are.
+    """
+    from ..convert import prepare, run
+
+    began = time.monotonic()
+    job = prepare(model_dir, **options)
+    if dry_run:
+        _show_plan(job, output, as_json, quiet)
+        return
+    with ProgressLine(quiet=quiet) as progress:
+        inspection = run(job, output, workers=workers, overwrite=overwrite, nonfinite=nonfinite, progress=progress)
+    seconds = time.monotonic() - began
+    for message in job.warnings:
+        warn(message)
+    if as_json:
+        _print_json(inspection, seconds=seconds, weights_per_second=inspection.weights / seconds)
+    elif not quiet:
+        from ..report import totals
+
+        rate = inspection.weights / seconds / 1e6
+        print(f"{output}\n{totals(inspection)}\n{seconds:.1f} s, {rate:.1f} million weights a second")
+
+
+def _show_plan(job: Any, output: str, as_json: bool, quiet: bool) -> None:
+    from ..dry_run import dry_run
+    from ..report import human_bytes, print_inspection
+
+    inspection = dry_run(job, output)
+    if as_json:
+        _print_json(inspection)
+    elif not quiet:
+        print_inspection(inspection)
+        folder = os.path.dirname(os.path.abspath(output))
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        status = os.statvfs(folder)
+        free = human_bytes(status.f_bavail * status.f_frsize)
+        print(
+            f"would write {human_bytes(inspection.file_bytes)}, {free} are free; "
+            "equal tensors are found only when converting"
+        )
+
+
+def _print_json(document: Any, **more: float) -> None:
+    import msgspec
+
+    sys.stdout.write(msgspec.json.encode({**msgspec.to_builtins(document), **more}).decode() + "\n")
+
+
+def main() -> NoReturn:
+    """Entry point."""
+    run_command(command, "hlwq-convert")

@@ -1,0 +1,92 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+import re
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hlwq_formats.errors import escape
+
+from .inspection import Inspection, TensorInfo
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(0, int(part[:18]), "") if part[0] in "0123456789" else (1, 0, part) for part in parts]
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, as disks and the Hub count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def tensor_table(tensors: list[TensorInfo]) -> Table:
+    """One row a tensor: encoding, bits, size, closeness to the source, and why it is stored so."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("tensor", overflow="fold")
+    for column in ("shape", "dtype", "encoding"):
+        table.add_column(column, no_wrap=True)
+    for column in ("bits", "bytes", "cosine", "SQNR dB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("reason", overflow="fold")
+    for tensor in sorted(tensors, key=lambda t: natural_order(t.name)):
+        table.add_row(
+            Text(escape(tensor.name, 600)),
+            "x".join(map(str, tensor.shape)) or "0-d",
+            tensor.dtype,
+            tensor.encoding,
+            _number(tensor.bits, "d"),
+            f"{tensor.bytes:,}",
+            _number(tensor.cosine, ".5f"),
+            _number(tensor.sqnr_db, ".2f"),
+            Text(escape(tensor.reason)),
+        )
+    return table
+
+
+def totals(inspection: Inspection) -> str:
+    """The last lines of an inspection."""
+    s = inspection.summary
+    parts = ", ".join(f"{kind} {human_bytes(n)}" for kind, n in s.bytes_by_encoding.items() if n)
+    source = inspection.metadata.source
+    origin = f"{source.repo}@{source.revision}" if source.repo else f"{len(source.files)} local files"
+    recipe = inspection.metadata.recipe
+    lines = [
+        f"{s.quantized} quantized, {s.raw} raw, {s.aliased} aliased; {inspection.weights:,} weights in "
+        f"{human_bytes(inspection.file_bytes)}, {_number(inspection.bpw, '.3f')} bits a weight",
+        f"bytes: {parts}",
+        f"from {escape(origin)}; default {recipe.bits} bits, effort {escape(recipe.effort)}, {len(recipe.rules)} rules"
+        + (f", recipe {escape(recipe.name)}" if recipe.name else ""),
+    ]
+    if s.cosine_min is not None:
+        lines.insert(
+            1,
+            f"cosine min {s.cosine_min:.5f}, mean {_number(s.cosine_mean, '.5f')}; "
+            f"SQNR mean {_number(s.sqnr_db_mean, '.2f')} dB",
+        )
+    if inspection.content_id is not None:
+        tool = inspection.metadata.tool
+        lines.append(f"format {inspection.format_version}, {escape(tool.name)} {escape(tool.version)}")
+        lines.append(f"content {inspection.content_id}")
+    return "\n".join(lines)
+
+
+def print_inspection(inspection: Inspection) -> None:
+    """Table and totals on stdout; wide enough for any name when stdout is no terminal."""
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=220, no_color=True)
+    content: RenderableType = Group(tensor_table(inspection.tensors), Text(""), Text(totals(inspection)))
+    console.print(content)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
