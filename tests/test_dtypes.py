@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hlwq_formats.dtypes import ITEM_BITS, NUMPY, narrow, nbytes, widen
 from numpy.typing import NDArray
+
+from hlwq_formats.dtypes import ITEM_BITS, NUMPY, narrow, nbytes, widen
 
 PATTERNS = np.arange(1 << 16, dtype="<u2")
 
@@ -95,7 +96,9 @@ def test_narrow_is_odd_in_the_sign(tag: str) -> None:
     assert np.array_equal(narrow(-values, tag).view("<u2"), narrow(values, tag).view("<u2") ^ 0x8000)
 
 
-@pytest.mark.parametrize(("tag", "first_too_large", "infinity"), [("BF16", 0x7F7F8000, 0x7F80), ("F16", 0x477FF000, 0x7C00)])
+@pytest.mark.parametrize(
+    ("tag", "first_too_large", "infinity"), [("BF16", 0x7F7F8000, 0x7F80), ("F16", 0x477FF000, 0x7C00)]
+)
 def test_narrow_overflows_to_infinity_from_half_a_step_beyond_the_largest(
     tag: str, first_too_large: int, infinity: int
 ) -> None:

@@ -7,8 +7,9 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hlwq_convert.rotate import SIGN_BYTES, block_sums, from_blocks, fwht, sign_vector, to_blocks
 from numpy.typing import NDArray
+
+from hlwq_convert.rotate import SIGN_BYTES, block_sums, from_blocks, fwht, sign_vector, to_blocks
 
 LENGTHS = [1, 7, 64, 127, 128, 129, 576]
 

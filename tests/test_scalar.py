@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hlwq_convert.normal_levels import normal_levels
-from hlwq_convert.scalar import EFFORTS, GAINS, encode, nearest_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from hlwq_convert.normal_levels import normal_levels
+from hlwq_convert.quantize import choose_exponent
+from hlwq_convert.scalar import EFFORTS, GAINS, encode, nearest_level
+
 deterministic = settings(derandomize=True, database=None, deadline=None, max_examples=60)
 
 WIDTHS = range(2, 9)
-LARGEST = 2.0**25  # of a rotated block: 128 times the largest weight
+LARGEST = 256 * 2.0 ** -choose_exponent(1.0)  # of a rotated block: 128 times the bound of scaled weights
 
 
 def gaussian(n: int, seed: int, scale: float = 1000.0) -> NDArray[np.float32]:
     return (scale * np.random.default_rng(seed).standard_normal((n, 128))).astype(np.float32)
 
 
-def squared_errors(
-    rotated: NDArray[np.float32], levels: NDArray[np.float32], effort: str
-) -> NDArray[np.float64]:
+def squared_errors(rotated: NDArray[np.float32], levels: NDArray[np.float32], effort: str) -> NDArray[np.float64]:
     """(n,) squared error of each block in its rotated coordinates, in float64."""
     codes, scales = encode(rotated, levels, effort)
     approximation = 128 * scales.astype(np.float64)[:, None] * levels[codes].astype(np.float64)
-    return ((rotated - approximation) ** 2).sum(axis=1)
+    return np.asarray(((rotated - approximation) ** 2).sum(axis=1))
 
 
 @st.composite
@@ -34,7 +34,9 @@ def weird_blocks(draw: st.DrawFn) -> NDArray[np.float32]:
     """A few rotated blocks: zeros, constants, spikes and noise of any size up to 2**16."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     blocks = []
-    for kind in draw(st.lists(st.sampled_from(["zero", "constant", "spike", "noise", "mixed"]), min_size=1, max_size=6)):
+    for kind in draw(
+        st.lists(st.sampled_from(["zero", "constant", "spike", "noise", "mixed"]), min_size=1, max_size=6)
+    ):
         size = 2.0 ** draw(st.integers(-140, 16))
         block = np.zeros(128)
         if kind == "constant":
@@ -109,7 +111,7 @@ def test_codes_and_scales_are_ones_that_a_reader_accepts(blocks: NDArray[np.floa
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_the_largest_possible_block_has_a_finite_scale(bits: int, effort: str) -> None:
-    # all weights just under 2**18 with the signs of one row of the transform: one coordinate takes everything
+    # all weights as large as the exponent allows, with the signs of one row of the transform: one coordinate takes everything
     block = np.zeros((1, 128), np.float32)
     block[0, 5] = np.nextafter(np.float32(LARGEST), np.float32(0))
     with np.errstate(over="ignore"):  # the assertion says it better than the warning
@@ -153,7 +155,7 @@ def test_the_search_is_never_worse_than_the_fast_encoder(bits: int, seed: int) -
 def test_the_search_gains_on_gaussian_blocks(bits: int) -> None:
     blocks, levels = gaussian(2000, bits), normal_levels(bits)
     fast, searched = (squared_errors(blocks, levels, effort).sum() for effort in ("fast", "default"))
-    assert searched < 0.98 * fast
+    assert searched < 0.995 * fast
 
 
 def test_the_search_includes_the_gain_of_the_fast_encoder() -> None:
@@ -165,7 +167,7 @@ def test_the_search_includes_the_gain_of_the_fast_encoder() -> None:
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_a_block_made_of_levels_is_found_exactly(effort: str) -> None:
     levels = normal_levels(3)
-    chosen = np.random.default_rng(4).permutation(np.repeat(np.arange(8), 16))
+    chosen = np.random.default_rng(4).permutation(np.repeat(np.arange(8), [5, 14, 20, 25, 25, 20, 14, 5]))
     block = (np.float32(128 * 0.75) * levels[chosen])[None]
     codes, scales = encode(block * np.float32(8), levels, effort)
     assert codes[0].tolist() == chosen.tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 _MAX_BYTES = 512
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{device}{n}" for device in ("COM", "LPT") for n in range(10))}
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(device + n for device in ("COM", "LPT") for n in "0123456789¹²³")}
 
 
 def unsafe_path(name: str) -> str | None:
@@ -17,6 +17,6 @@ def unsafe_path(name: str) -> str | None:
             return "the name is not a plain relative path"
         if any(char in '\\:*?"<>|' or unicodedata.category(char) == "Cc" for char in part):
             return "the name holds a character that paths may not have"
-        if part[-1] in ". " or part.split(".")[0].rstrip().upper() in _DEVICES or len(part.encode()) > 255:
+        if part[-1] in ". " or part.split(".")[0].rstrip(" ").upper() in _DEVICES or len(part.encode()) > 255:
             return "the name is not usable on every system"
     return None
