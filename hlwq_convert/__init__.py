@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .convert import convert as convert
+    from .conversion import convert as convert
     from .decode import OpenFile as open  # noqa: F401, N813
     from .inspection import inspect as inspect
     from .runtime.load import iter_tensors as iter_tensors
     from .runtime.load import load_state_dict as load_state_dict
 
 _LAZY = {
-    "convert": "convert.convert",
+    "convert": "conversion.convert",
     "inspect": "inspection.inspect",
     "open": "decode.OpenFile",
     "load_state_dict": "runtime.load.load_state_dict",
@@ -39,5 +39,5 @@ def __getattr__(name: str) -> object:
 
     module, _, attribute = _LAZY[name].rpartition(".")
     value = getattr(import_module(f".{module}", __name__), attribute)
-    globals()[name] = value  # over the submodule of the same name, which the import has just put here
+    globals()[name] = value
     return value

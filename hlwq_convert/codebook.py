@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .normal_levels import normal_levels
 from .rotate import block_sums, fwht
 
-BINS = 1 << 14
+BINS = 1 << 16
 _REACH = 8.0  # of N(0, 1); what lies farther out counts in the last bin
 _MAX_ITERATIONS = 10_000
 

@@ -10,7 +10,7 @@ from hlwq_formats.layout import BLOCK, make_header, place_sections, scalar_lengt
 from hlwq_formats.safetensors_dir import SourceTensor
 from hlwq_formats.sections import make_section
 
-from .convert import Job, make_metadata
+from .conversion import Job, make_metadata
 from .inspection import Inspection, Report, TensorReport, describe
 from .plan import Choice
 from .rotate import SIGN_BYTES

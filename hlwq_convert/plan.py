@@ -19,10 +19,10 @@ _MIN_EXPERT_COLUMNS = 64
 _EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|lm_head|output\.weight$)", re.IGNORECASE)
 _DELICATE = (
     (re.compile(r"norm|layernorm|(^|\.)ln_", re.IGNORECASE), "norm"),
-    (re.compile(r"(^|\.)bias$"), "bias"),
+    (re.compile(r"A_log|\.D$|(^|\.)dt_"), "state-space parameter"),
+    (re.compile(r"(^|[._])bias$"), "bias"),
     (re.compile(r"\.gate\.weight$|router", re.IGNORECASE), "router"),
     (re.compile(r"conv", re.IGNORECASE), "convolution"),
-    (re.compile(r"A_log|\.D$|(^|\.)dt_"), "state-space parameter"),
 )
 
 
@@ -34,18 +34,20 @@ class Choice:
     reason: str
 
 
-def plan(tensors: Sequence[SourceTensor], recipe: md.Recipe) -> dict[str, Choice]:
+def plan(tensors: Sequence[SourceTensor], recipe: md.Recipe, required: int = 0) -> dict[str, Choice]:
     """A choice for every tensor, in the given order.
 
-    Raises Usage when a rule of the recipe that the user wrote has no effect on this model.
+    Raises Usage when one of the last `required` rules, those of --set, has no effect on this model; a recipe is
+    written for many models, and its own rules may match nothing.
     """
     choices = {tensor.name: _default_choice(tensor, recipe.bits or EMBEDDING_BITS) for tensor in tensors}
     quantizable = {tensor.name for tensor in tensors if _impossible(tensor) is None}
-    for rule in recipe.rules:
+    optional = len(recipe.rules) - required
+    for number, rule in enumerate(recipe.rules):
         pattern = re.compile(rule.match)
         names = [name for name in choices if pattern.search(name)]
         usable = [name for name in names if rule.bits is None or name in quantizable]
-        if not usable and recipe.name is None:
+        if not usable and number >= optional:
             raise _useless(rule, names, choices)
         for name in usable:
             choices[name] = Choice(rule.bits, f"rule {escape(rule.match, 120)}")

@@ -22,7 +22,7 @@ from .scalar import Effort, encode
 CHUNK = 1 << 17
 """Weights that go through the stages at once: at this size their temporaries stay near the core's cache."""
 
-_TOP_EXPONENT = 17
+_TOP_EXPONENT = 15
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,11 @@ class EncodedChunk:
 
 
 def choose_exponent(largest: float) -> int:
-    """The tensor's power of two: times 2**-exponent its largest magnitude lies in [2**17, 2**18).
+    """The tensor's power of two: times 2**-exponent its largest magnitude A lies in [2**15, 2**16).
 
-    A scale is between 1/128 and 1/9 of that, so the largest scale lies in [2**10, 2**15): far from what fp16
-    cannot hold at the top, and 24 powers of two above what it loses at the bottom.
+    The scale of the block that holds it is at least A / 128 and, with the levels of N(0, 1), at most .29 A (when
+    one coordinate holds all of the block): the largest scale lies in [2**8, 2**15), well below what fp16 can
+    hold and 22 powers of two above what it begins to lose.
     """
     if largest == 0:
         return 0

@@ -14,6 +14,7 @@ from hlwq_formats import metadata as md
 from hlwq_formats.errors import MissingInput, Usage, escape
 
 DEFAULT_BITS = 5
+_MAX_PATTERN = 4096  # what the metadata can hold
 
 
 class _RuleFile(msgspec.Struct, forbid_unknown_fields=True):
@@ -61,7 +62,7 @@ def _load(recipe: str) -> tuple[str, _RecipeFile]:
     else:
         try:
             # only the last part of the path: folders of the user's machine do not belong in a file
-            name, text = Path(recipe).name, Path(recipe).read_text("utf-8")
+            name, text = escape(Path(recipe).name), Path(recipe).read_text("utf-8")
         except OSError as error:
             raise MissingInput(
                 f"no such recipe: {error.strerror}", file=recipe, hint=f"built in: {', '.join(builtin_recipes())}"
@@ -70,15 +71,17 @@ def _load(recipe: str) -> tuple[str, _RecipeFile]:
             raise Usage("the recipe is not UTF-8 text", file=recipe) from None
     try:
         return name, msgspec.convert(tomllib.loads(text), _RecipeFile)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, RecursionError) as error:
         raise Usage(f"not a recipe: {escape(str(error))}", file=recipe) from None
 
 
 def _rule(pattern: str, bits: int | str, where: str) -> md.Rule:
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise Usage(f"{where}: not a regular expression: {error}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise Usage(f"{where}: not a regular expression: {escape(str(error))}") from None
+    if len(pattern) > _MAX_PATTERN or any(char < " " or char == "\x7f" for char in pattern):
+        raise Usage(f"{where}: an expression has at most {_MAX_PATTERN} characters and no control characters")
     if bits == "raw":
         return md.Rule(match=pattern, bits=None)
     return md.Rule(match=pattern, bits=_check_bits(bits, where))

@@ -52,7 +52,8 @@ def encode(
         codes = np.where(better[:, None], new_codes, codes)
         scale = np.where(better, new_scale, scale)
         captured = np.where(better, new_captured, captured)
-    scales = (scale * np.float32(1 / 128)).astype(np.float16)
+    # the limit is for fitted levels so far inside that one outlier would need a scale beyond fp16
+    scales = np.minimum(scale * np.float32(1 / 128), np.float32(65504)).astype(np.float16)
     codes[scales == 0] = 0
     return codes, scales
 

@@ -13,9 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-import hlwq_convert as h
 import torch
 from safetensors import safe_open
+
+import hlwq_convert as h
 
 
 def main() -> None:

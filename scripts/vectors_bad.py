@@ -412,6 +412,8 @@ def asset_faults() -> Iterator[Fault]:
     for name, fault, path, value in (
         ("order", "Assets are not in the order of their names.", "assets.0.name", "e"),
         ("twice", "Two assets have one name.", "assets.0.name", "d.txt"),
+        ("case", "The names of two assets differ only in case.", "assets.0.name", "D.TXT"),
+        ("folder", "The name of an asset is the folder of another.", "assets.0.name", "D.txt/a"),
         ("report-first", "report.json is not the last asset.", "assets.0.name", "report.json"),
         ("kind", "An asset's section is of the kind raw.", "assets.0.sections.0.kind", "raw"),
         ("frames-count", "A raw length of 1 MiB and a byte takes two frames, one is listed.", zstd + ".raw_length",

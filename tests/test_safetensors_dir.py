@@ -208,7 +208,7 @@ def test_packed_tensors_of_whole_bytes_are_carried(tmp_path: Path) -> None:
 
 def test_agrees_with_the_reference_writer(tmp_path: Path) -> None:
     numpy_writer = pytest.importorskip("safetensors.numpy")
-    arrays = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "y": np.array([-1, 9], np.int64)}
+    arrays: dict[str, Any] = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "y": np.array([-1, 9], np.int64)}
     folder = put(tmp_path, numpy_writer.save(arrays, {"format": "np"}))
     model = ModelDir(folder)
     assert {name: read_all(model, name) for name in arrays} == {name: a.tobytes() for name, a in arrays.items()}

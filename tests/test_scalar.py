@@ -111,7 +111,7 @@ def test_codes_and_scales_are_ones_that_a_reader_accepts(blocks: NDArray[np.floa
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_the_largest_possible_block_has_a_finite_scale(bits: int, effort: str) -> None:
-    # all weights as large as the exponent allows, with the signs of one row of the transform: one coordinate takes everything
+    # weights as large as the exponent allows, with the signs of one row of the transform: one coordinate takes all
     block = np.zeros((1, 128), np.float32)
     block[0, 5] = np.nextafter(np.float32(LARGEST), np.float32(0))
     with np.errstate(over="ignore"):  # the assertion says it better than the warning

@@ -63,7 +63,7 @@ class HlwqError(Exception):
             where.append(self.section if self.offset is None else f"{self.section}@{self.offset:#x}")
         line = ": ".join([*where, self.problem])
         if self.hint is not None:
-            line = f"{line}; {self.hint}"
+            line = f"{line}; {escape(self.hint)}"
         return line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "..."
 
 

@@ -10,7 +10,11 @@ _DEVICES = {"CON", "PRN", "AUX", "NUL", *(device + n for device in ("COM", "LPT"
 
 def unsafe_path(name: str) -> str | None:
     """Why `name` is no plain relative path on both POSIX and Windows, or None when it is one."""
-    if len(name.encode()) > _MAX_BYTES:
+    try:
+        too_long = len(name.encode()) > _MAX_BYTES
+    except UnicodeEncodeError:
+        return "the name is not valid Unicode"
+    if too_long:
         return "the name is too long"
     for part in name.split("/"):
         if part in ("", ".", ".."):

@@ -79,7 +79,10 @@ class ModelDir:
             if "model.safetensors" in shards:
                 raise self._bad(f"ambiguous: both model.safetensors and {escape(indices[0])}", hint="remove one")
             return self._read_index(indices[0])
-        if len(shards) == 1 and not re.search(r"-of-0*(?!1\b)\d+\.safetensors$", shards[0]):
+        parts = re.search(r"-of-(\d+)\.safetensors$", shards[0]) if shards else None
+        if len(shards) == 1 and (parts is None or int(parts[1]) == 1):
+            if (problem := unsafe_path(shards[0])) is not None:
+                raise UnsafePath(problem, file=shards[0])
             return {shards[0]: None}
         if shards:
             raise self._bad(
@@ -184,7 +187,11 @@ def read_safetensors_header(shard: InputFile, file: str) -> list[SourceTensor]:
         return BadSafetensors(problem, file=file, tensor=tensor)
 
     start = shard.read(0, min(shard.size, 64))
-    for magic, what in ((b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`"), (b"<", "an HTML page")):
+    for magic, what in (
+        (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`"),
+        (b"<!doctype", "an HTML page"),
+        (b"<html", "an HTML page"),
+    ):
         if start.lower().startswith(magic):
             raise bad(f"not a safetensors file but {what}")
     if len(start) < 8:

@@ -116,10 +116,10 @@ def _check_assets(assets: list[md.Asset], file: str) -> None:
 
 
 def _clash(names: list[str]) -> str | None:
-    """A name that equals another but for the case of letters, or that is also the folder of another."""
-    lowered = [name.lower() for name in names]
-    folders = {"/".join(parts[:i]) for name in lowered for parts in [name.split("/")] for i in range(1, len(parts))}
-    seen: set[str] = set()
+    """A name that equals another but for the case of ASCII letters, or that is also the folder of another."""
+    lowered = [name.encode().lower() for name in names]  # of bytes: ASCII letters alone
+    folders = {b"/".join(parts[:i]) for name in lowered for parts in [name.split(b"/")] for i in range(1, len(parts))}
+    seen: set[bytes] = set()
     for name, low in zip(names, lowered, strict=True):
         if low in seen or low in folders:
             return name

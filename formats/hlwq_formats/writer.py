@@ -13,7 +13,7 @@ from types import TracebackType
 
 from . import metadata as md
 from .atomic import AtomicFile
-from .errors import BadData, Internal, SelfCheckFailed
+from .errors import BadData, Internal, SelfCheckFailed, UnsupportedFeature
 from .layout import HEADER_LEN, align, make_header, place_sections
 from .reader import Reader
 from .sections import make_section
@@ -98,10 +98,12 @@ class Writer:
                 reader.verify()
                 if check is not None:
                     check(reader)
-        except BadData as error:
+            self._file.write(0, encoded)
+            self._file.sync()
+            with Reader(self._file.part):  # the header, too, from disk
+                pass
+        except (BadData, UnsupportedFeature) as error:
             raise SelfCheckFailed(f"the written file does not read back: {error}; nothing was published") from error
-        self._file.write(0, encoded)
-        self._file.sync()
         self._file.publish()
 
     def __enter__(self) -> Writer:

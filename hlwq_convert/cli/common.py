@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import rich_click as click
+from click.exceptions import Exit
 
 from hlwq_formats.errors import HlwqError, Internal, IoFailure, Usage, escape
 
@@ -43,7 +44,7 @@ def run_command(command: click.Command, program: str) -> NoReturn:
         with command.make_context(program, sys.argv[1:]) as context:
             status = command.invoke(context)
         sys.stdout.flush()
-    except click.exceptions.Exit as done:  # --help and --version
+    except Exit as done:  # --help and --version
         status = done.exit_code
     except KeyboardInterrupt:
         status = _fail("hlwq: interrupted", 130)

@@ -50,7 +50,7 @@ def command(
 
     Matrices are rotated and quantized; norms, biases, routers and other delicate tensors stay as they are.
     """
-    from ..convert import prepare, run
+    from ..conversion import prepare, run
 
     began = time.monotonic()
     job = prepare(model_dir, **options)

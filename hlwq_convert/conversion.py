@@ -56,7 +56,7 @@ def prepare(
     if passthrough:
         choices = {tensor.name: Choice(None, "passthrough") for tensor in source.tensors}
     else:
-        choices = plan(source.tensors, combined)
+        choices = plan(source.tensors, combined, len(sets))
     return Job(source, combined, choices, [])
 
 
