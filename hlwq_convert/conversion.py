@@ -159,8 +159,10 @@ def merge_choices(choices: dict[str, Choice], aliases: dict[str, str]) -> dict[s
 def tie_warnings(job: Job, aliases: dict[str, str]) -> list[str]:
     """A warning for a config that ties embeddings which the weights do not."""
     config = job.source.config
+    text = config.get("text_config")  # of multimodal models
+    tied_by = [c for c in (config, text) if isinstance(c, dict) and c.get("tie_word_embeddings") is True]
     heads = [name for name in job.choices if name.endswith("lm_head.weight")]
-    if config.get("tie_word_embeddings") is not True or not heads:
+    if not tied_by or not heads:
         return []
     embeddings = [name for name in job.choices if name.endswith("embed_tokens.weight")]
     tied = {aliases.get(name, name) for name in (*heads, *embeddings)}

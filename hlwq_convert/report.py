@@ -22,7 +22,7 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
 def human_bytes(count: float) -> str:
     """Decimal units, as disks and the Hub count."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if round(count, 1) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"

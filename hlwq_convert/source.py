@@ -98,6 +98,6 @@ def _provenance(model: ModelDir) -> md.Source:
     real = Path(os.path.realpath(model.path))
     repo = revision = None
     in_cache = real.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", real.name)
-    if in_cache and (match := re.fullmatch(r"models--([\w.-]+)--([\w.-]+)", real.parent.parent.name, re.ASCII)):
-        repo, revision = f"{match[1]}/{match[2]}", real.name
+    if in_cache and (match := re.fullmatch(r"models--([\w.-]+)", real.parent.parent.name, re.ASCII)):
+        repo, revision = match[1].replace("--", "/", 1), real.name
     return md.Source(repo=repo, revision=revision, files=[md.SourceFile(name, size) for name, size in model.files])

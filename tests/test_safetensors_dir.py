@@ -799,3 +799,13 @@ def test_json_is_bounded_before_it_is_parsed(document: bytes) -> None:
 )
 def test_json_numbers_that_are_none(number: bytes, problem: str) -> None:
     refused(BadModelDir, problem, call=lambda: parse(number, BadModelDir))
+
+
+def test_a_shard_that_vanishes_is_a_source_that_changed(tmp_path: Path) -> None:
+    model = ModelDir(write_model(tmp_path, W))
+    (tensor,) = model.tensors.values()
+    (model.path / tensor.file).unlink()
+    for call in (model.check_unchanged, lambda: model.read(tensor, 0, 1)):
+        with pytest.raises(SourceChanged) as caught:
+            call()
+        assert caught.value.exit_status == 75

@@ -133,10 +133,7 @@ class ModelDir:
             absent, extra = sorted(expected - names), sorted(names - expected)
             problem = f"lacks {_listed(absent)}" if absent else f"holds {_listed(extra)}"
             raise BadModelDir(f"the index disagrees with the shard, which {problem}", file=file)
-        for tensor in tensors:
-            if tensor.name in self.tensors:
-                raise BadModelDir(f"in {escape(self.tensors[tensor.name].file)} as well", file=file, tensor=tensor.name)
-            self.tensors[tensor.name] = tensor
+        self.tensors.update((tensor.name, tensor) for tensor in tensors)
         if len(self.tensors) > MAX_TENSORS:
             raise BadModelDir(f"more than {MAX_TENSORS} tensors", file=file)
 
@@ -155,19 +152,23 @@ class ModelDir:
 
     def read(self, tensor: SourceTensor, start: int, length: int) -> bytes:
         """`length` bytes of a tensor from byte `start`; SourceChanged (75) when the shard is another one now."""
-        with self._open(tensor.file) as shard:
-            self._check_identity(shard, tensor.file)
+        with self._reopen(tensor.file) as shard:
             return shard.read(tensor.offset + start, length)
 
     def check_unchanged(self) -> None:
         """Look at every shard once more, after the last read: SourceChanged (75) when one was touched."""
         for file in self._identities:
-            with self._open(file) as shard:
-                self._check_identity(shard, file)
+            self._reopen(file).close()
 
-    def _check_identity(self, shard: InputFile, file: str) -> None:
+    def _reopen(self, file: str) -> InputFile:
+        try:
+            shard = self._open(file)
+        except MissingInput as error:
+            raise SourceChanged(f"no longer readable: {error.problem}", file=file, hint="try again") from None
         if shard.identity != self._identities[file]:
+            shard.close()
             raise SourceChanged("changed while it was being converted", file=file, hint="try again")
+        return shard
 
     def read_file(self, name: str, limit: int) -> bytes:
         """The content of another file of the directory; BadModelDir when it is over `limit` bytes."""
