@@ -6,19 +6,21 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from hlwq_formats import metadata as md
-from hlwq_formats.errors import CannotCreate
+from hlwq_formats.errors import CannotCreate, Usage, escape
 from hlwq_formats.layout import scalar_lengths
+from hlwq_formats.reader import Reader
 from hlwq_formats.sections import zstd_version
 from hlwq_formats.writer import Writer
 
 from . import __version__
 from .duplicates import find_duplicates
-from .inspection import Inspection, Report, inspect
+from .inspection import Inspection, Report, inspect_reader, printable
 from .parallel import default_workers
 from .plan import Choice, plan
 from .recipe import make_recipe
@@ -51,9 +53,13 @@ def prepare(
     passthrough: bool = False,
 ) -> Job:
     """Read the headers of a model and decide how each tensor is stored; reads no weights."""
+    sets = [sets] if isinstance(sets, str) else list(sets)
     combined = make_recipe(bits, recipe, sets, effort)
+    if passthrough and (bits is not None or recipe is not None or sets):
+        raise Usage("--passthrough keeps every tensor as it is: it takes no --bits, --recipe or --set")
     source = open_source(src, passthrough=passthrough)
     if passthrough:
+        combined = md.Recipe(name=None, bits=None, effort=effort, rules=[])
         choices = {tensor.name: Choice(None, "passthrough") for tensor in source.tensors}
     else:
         choices = plan(source.tensors, combined, len(sets))
@@ -94,6 +100,10 @@ def run(
     progress: Progress | None = None,
 ) -> Inspection:
     """Carry out a prepared conversion; warnings are added to `job.warnings`."""
+    if nonfinite not in ("error", "raw"):
+        raise Usage(f"nonfinite is {escape(str(nonfinite))}, expected error or raw")
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise Usage(f"workers is {escape(str(workers))}, expected 1 or more")
     source, model = job.source, job.source.model
     check_output_place(out, source)
     workers = workers or default_workers()
@@ -125,9 +135,15 @@ def run(
         assets.append(md.Asset(md.REPORT, [report]))
         model.check_unchanged()
         metadata = make_metadata(job, signs, tensors, assets)
-        check = partial(check_decoding, run, _stepper(progress, "checking", total))
+        step = _stepper(progress, "checking", total)
+        inspections = []
+
+        def check(reader: Reader) -> None:
+            check_decoding(run, step, reader)
+            inspections.append(inspect_reader(reader))  # here, so that nothing can fail after the file is published
+
         writer.finish(metadata, check)
-    return inspect(out)
+    return msgspec.structs.replace(inspections[0], file=printable(os.fspath(out)), warnings=job.warnings)
 
 
 def make_metadata(job: Job, signs: md.Section, tensors: list[md.Tensor], assets: list[md.Asset]) -> md.Metadata:
@@ -162,11 +178,7 @@ def tie_warnings(job: Job, aliases: dict[str, str]) -> list[str]:
     text = config.get("text_config")  # of multimodal models
     tied_by = [c for c in (config, text) if isinstance(c, dict) and c.get("tie_word_embeddings") is True]
     heads = [name for name in job.choices if name.endswith("lm_head.weight")]
-    if not tied_by or not heads:
-        return []
-    embeddings = [name for name in job.choices if name.endswith("embed_tokens.weight")]
-    tied = {aliases.get(name, name) for name in (*heads, *embeddings)}
-    if not embeddings or len(tied) == 1:
+    if not tied_by or not heads or any(name in aliases or name in aliases.values() for name in heads):
         return []
     return ["config.json ties lm_head to the embeddings, but their weights differ: both are kept"]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import NUMPY, narrow, widen
-from hlwq_formats.errors import UnsupportedDtype
+from hlwq_formats.errors import UnsupportedDtype, Usage, escape
 from hlwq_formats.layout import BLOCK, numel
 from hlwq_formats.reader import Reader
 
@@ -95,6 +95,8 @@ class OpenFile:
         """One tensor, verified, as NumPy ("np"; BF16 becomes float32) or torch ("pt", needs the extra torch)."""
         if framework == "np":
             return get_numpy(self.reader, name)
+        if framework != "pt":
+            raise Usage(f'framework is {escape(str(framework))}, expected "np" or "pt"')
         from .runtime.load import get_torch
 
         return get_torch(self.reader, name)

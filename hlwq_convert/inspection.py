@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import msgspec
@@ -14,17 +15,20 @@ from hlwq_formats.reader import Reader
 
 from .metrics import sqnr_db
 
+_ENTRY_LIMIT = 4096  # bytes of the report for each tensor: a name and two numbers take less
+
 
 class TensorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The error of one quantized tensor, measured on its decoded weights while converting."""
+    """The error of one quantized tensor, measured on its decoded weights while converting; null for a tensor of
+    zeros, which there is nothing to be close to."""
 
     name: str
-    cosine: float
-    rel_mse: float
+    cosine: float | None
+    rel_mse: float | None
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The asset report.json. Tensors that are all zero have no entry: there is nothing to be close to."""
+    """The asset report.json: one entry for each quantized tensor, in file order."""
 
     tensors: list[TensorReport]
 
@@ -53,11 +57,13 @@ class TensorInfo(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """Totals over a file; `bytes_by_encoding` sums to its size."""
+    """Totals over a file; `bytes_by_encoding` sums to its size. `unreported` counts quantized tensors without an
+    entry in the report."""
 
     quantized: int
     raw: int
     aliased: int
+    unreported: int
     cosine_min: float | None
     cosine_mean: float | None
     sqnr_db_mean: float | None
@@ -89,6 +95,11 @@ class Inspection(msgspec.Struct, frozen=True):
     warnings: list[str]
 
 
+def printable(path: str) -> str:
+    """A path as Unicode: a name on disk may be none."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
 def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Read header, metadata and report of a file."""
     with Reader(path) as reader:
@@ -114,19 +125,23 @@ def inspect_reader(reader: Reader) -> Inspection:
 
 
 def _read_report(reader: Reader) -> Report:
-    """The report of a file, empty when it has none. Its numbers are a stranger's: finite and in range."""
+    """The report of a file, empty when it has none. It is a stranger's: of a size that its tensors explain, in
+    their order, its numbers in range."""
     if md.REPORT not in reader.assets:
         return Report([])
+    names = [t.name for t in reader.metadata.tensors if isinstance(t, md.ScalarTensor)]
+    size, limit = md.raw_length(reader.assets[md.REPORT].sections[0]), _ENTRY_LIMIT * (len(names) + 1)
+    if size > limit:
+        raise BadMetadata(f"{md.REPORT} of {size} bytes, at most {limit} for {len(names)} tensors", file=reader.path)
     try:
         report = msgspec.json.decode(reader.read_asset(md.REPORT), type=Report)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise BadMetadata(f"{md.REPORT}: {escape(str(error))}", file=reader.path) from None
+    if [entry.name for entry in report.tensors] != names:
+        raise BadMetadata(f"{md.REPORT} does not list the quantized tensors in their order", file=reader.path)
     for entry in report.tensors:
-        if not isinstance(reader.tensors.get(entry.name), md.ScalarTensor):
-            raise BadMetadata(
-                f"{md.REPORT} speaks of a tensor that is not quantized", file=reader.path, tensor=entry.name
-            )
-        if not (-1.000001 <= entry.cosine <= 1.000001 and 0 <= entry.rel_mse < float("inf")):
+        cosine, rel_mse = entry.cosine, entry.rel_mse
+        if (cosine is None) != (rel_mse is None) or not (-1 <= (cosine or 0) <= 1 and 0 <= (rel_mse or 0) < math.inf):
             raise BadMetadata(f"{md.REPORT} holds impossible numbers", file=reader.path, tensor=entry.name)
     return report
 
@@ -163,13 +178,14 @@ def describe(
         quantized=sum(t.encoding == "scalar" for t in tensors),
         raw=sum(t.encoding == "raw" for t in tensors),
         aliased=sum(t.encoding == "alias" for t in tensors),
+        unreported=sum(t.encoding == "scalar" and t.name not in errors for t in tensors),
         cosine_min=min(cosines, default=None),
         cosine_mean=sum(cosines) / len(cosines) if cosines else None,
         sqnr_db_mean=sum(sqnrs) / len(sqnrs) if sqnrs else None,
         bytes_by_encoding=by_encoding,
     )
     return Inspection(
-        file=file,
+        file=printable(file),
         format_version=f"{MAJOR}.{minor}",
         file_id=file_id,
         content_id=content_id,
@@ -197,6 +213,6 @@ def _describe_tensor(tensor: md.Tensor, error: TensorReport | None) -> TensorInf
     return TensorInfo(
         tensor.name, tensor.shape, tensor.dtype, encoding, bits, 8 * stored / n if n else None, stored, tensor.reason,
         cosine=error.cosine if error else None,
-        sqnr_db=sqnr_db(error.rel_mse) if error else None,
+        sqnr_db=sqnr_db(error.rel_mse) if error and error.rel_mse is not None else None,
         rel_mse=error.rel_mse if error else None,
     )  # fmt: skip

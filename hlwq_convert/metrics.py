@@ -27,7 +27,7 @@ class ErrorSums:
         if source == 0:
             return None
         norms = math.sqrt(source) * math.sqrt(decoded)
-        return Closeness(cosine=product / norms if norms > 0 else 0.0, rel_mse=error / source)
+        return Closeness(cosine=min(1.0, product / norms) if norms > 0 else 0.0, rel_mse=error / source)
 
 
 @dataclass(frozen=True)

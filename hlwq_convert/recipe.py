@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,8 +13,12 @@ import msgspec
 
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import MissingInput, Usage, escape
+from hlwq_formats.files import InputFile
+
+from .scalar import EFFORTS
 
 DEFAULT_BITS = 5
+_MAX_RECIPE = 1 << 20
 _MAX_PATTERN = 4096  # what the metadata can hold
 
 
@@ -42,17 +47,19 @@ def make_recipe(
     """
     if recipe is not None and bits is not None:
         raise Usage("--bits and --recipe exclude each other", hint="set `default` in the recipe")
+    if effort not in EFFORTS:
+        raise Usage(f"effort is {escape(str(effort))}, expected {' or '.join(EFFORTS)}")
     name, default, rules = None, bits if bits is not None else DEFAULT_BITS, []
     if recipe is not None:
         name, document = _load(recipe)
         default = document.default
         rules = [_rule(r.match, r.bits, f"recipe {name}") for r in document.rule]
-    for option in sets:
+    for option in [sets] if isinstance(sets, str) else sets:
         pattern, separator, value = option.rpartition("=")
         if not separator or not pattern:
             raise Usage(f"--set {escape(option)}: expected REGEX=BITS or REGEX=raw")
         rules.append(_rule(pattern, value, f"--set {escape(option)}"))
-    _check_bits(default, "--bits" if name is None else f"recipe {name}: default")
+    default = _check_bits(default, "--bits" if name is None else f"recipe {name}: default")
     return md.Recipe(name=name, bits=default, effort=effort, rules=rules)
 
 
@@ -62,10 +69,12 @@ def _load(recipe: str) -> tuple[str, _RecipeFile]:
     else:
         try:
             # only the last part of the path: folders of the user's machine do not belong in a file
-            name, text = escape(Path(recipe).name), Path(recipe).read_text("utf-8")
-        except OSError as error:
+            name = escape(Path(recipe).name)
+            with InputFile(recipe) as file:
+                text = file.read(0, min(file.size, _MAX_RECIPE)).decode("utf-8")
+        except MissingInput as error:
             raise MissingInput(
-                f"no such recipe: {error.strerror}", file=recipe, hint=f"built in: {', '.join(builtin_recipes())}"
+                f"no such recipe: {error.problem}", file=recipe, hint=f"built in: {', '.join(builtin_recipes())}"
             ) from None
         except UnicodeError:
             raise Usage("the recipe is not UTF-8 text", file=recipe) from None
@@ -77,8 +86,10 @@ def _load(recipe: str) -> tuple[str, _RecipeFile]:
 
 def _rule(pattern: str, bits: int | str, where: str) -> md.Rule:
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # of an expression that will mean something else
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
         raise Usage(f"{where}: not a regular expression: {escape(str(error))}") from None
     if len(pattern) > _MAX_PATTERN or any(char < " " or char == "\x7f" for char in pattern):
         raise Usage(f"{where}: an expression has at most {_MAX_PATTERN} characters and no control characters")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -59,11 +60,12 @@ def totals(inspection: Inspection) -> str:
     source = inspection.metadata.source
     origin = f"{source.repo}@{source.revision}" if source.repo else f"{len(source.files)} local files"
     recipe = inspection.metadata.recipe
+    width = "raw" if recipe.bits is None else f"{recipe.bits} bits"
     lines = [
         f"{s.quantized} quantized, {s.raw} raw, {s.aliased} aliased; {inspection.weights:,} weights in "
         f"{human_bytes(inspection.file_bytes)}, {_number(inspection.bpw, '.3f')} bits a weight",
         f"bytes: {parts}",
-        f"from {escape(origin)}; default {recipe.bits} bits, effort {escape(recipe.effort)}, {len(recipe.rules)} rules"
+        f"from {escape(origin)}; default {width}, effort {escape(recipe.effort)}, {len(recipe.rules)} rules"
         + (f", recipe {escape(recipe.name)}" if recipe.name else ""),
     ]
     if s.cosine_min is not None:
@@ -85,7 +87,9 @@ def print_inspection(inspection: Inspection) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=220, no_color=True)
     content: RenderableType = Group(tensor_table(inspection.tensors), Text(""), Text(totals(inspection)))
-    console.print(content)
+    with console.capture() as capture:  # rich would turn a closed pipe into exit status 1
+        console.print(content)
+    sys.stdout.write(capture.get())
 
 
 def _number(value: float | None, form: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import AlreadyQuantized, BadModelDir, MissingInput, escape
-from hlwq_formats.paths import unsafe_path
+from hlwq_formats.paths import clashing_name, unsafe_path
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 from hlwq_formats.strict_json import parse
 
@@ -86,10 +86,14 @@ def _list_assets(model: ModelDir) -> list[tuple[str, int]]:
                     continue
                 if (problem := unsafe_path(name)) is not None:
                     raise BadModelDir(problem, file=name)
-                found.append((name, path.stat().st_size))
+                found.append((name, model.size_of(name)))
     for name, size in found:
         if size > md.MAX_ASSET:
             raise BadModelDir(f"{size} bytes, at most {md.MAX_ASSET} can travel with a model", file=name)
+    if sum(size for _, size in set(found)) > md.MAX_ASSETS_TOTAL:
+        raise BadModelDir(f"over {md.MAX_ASSETS_TOTAL} bytes of files that travel with the model", file=str(model.path))
+    if (clash := clashing_name([name for name, _ in set(found)])) is not None:
+        raise BadModelDir("another file needs the same name on some systems", file=clash)
     return sorted(set(found), key=lambda asset: asset[0].encode())
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import ITEM_BITS, narrow, widen
-from hlwq_formats.errors import NonFinite, SelfCheckFailed
+from hlwq_formats.errors import BadSafetensors, NonFinite, SelfCheckFailed
 from hlwq_formats.layout import BLOCK, scalar_lengths
 from hlwq_formats.reader import Reader
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
@@ -47,7 +47,7 @@ class Run:
     checksums: dict[str, list[int]] = field(default_factory=dict)  # of the decoded chunks of each tensor
 
 
-class _CannotDecode(Exception):
+class CannotDecode(Exception):
     """A tensor so near the end of its dtype's range that its decoding overflows."""
 
 
@@ -68,16 +68,18 @@ def write_tensor(run: Run, tensor: SourceTensor, choice: Choice) -> md.Tensor:
     position = run.writer.position
     try:
         return _write_scalar(run, tensor, choice.bits, choice.reason, largest)
-    except _CannotDecode:
+    except CannotDecode as error:
         run.writer.rewind(position)
         run.step(-tensor.length)
-        return _write_raw(run, tensor, f"at {choice.bits} bits it would decode to infinity")
+        return _write_raw(run, tensor, f"at {choice.bits} bits it would decode to {error}")
 
 
 def _write_raw(run: Run, tensor: SourceTensor, reason: str) -> md.RawTensor:
     section = run.writer.open_section("raw", tensor.length)
     for start in range(0, tensor.length, READ):
         piece = run.model.read(tensor, start, min(READ, tensor.length - start))
+        if tensor.dtype == "BOOL" and max(piece) > 1:
+            raise BadSafetensors(f"a boolean is {max(piece)}, expected 0 or 1", file=tensor.file, tensor=tensor.name)
         section.write(piece)
         run.step(len(piece))
     return md.RawTensor(tensor.name, tensor.dtype, list(tensor.shape), reason, [section.done()])
@@ -140,10 +142,12 @@ def _write_scalar(run: Run, tensor: SourceTensor, bits: int, reason: str, larges
         finite &= chunk.finite
         run.step(len(raw))
     if not finite:
-        raise _CannotDecode
+        raise CannotDecode("infinity")
     closeness = sums.closeness()
-    if closeness is not None:
-        run.report.append(TensorReport(tensor.name, closeness.cosine, closeness.rel_mse))
+    if closeness is not None and closeness.cosine == 0:
+        raise CannotDecode("zeros")
+    cosine, rel_mse = (None, None) if closeness is None else (closeness.cosine, closeness.rel_mse)
+    run.report.append(TensorReport(tensor.name, cosine, rel_mse))
     run.checksums[tensor.name] = checksums
     return md.ScalarTensor(
         tensor.name, tensor.dtype, list(tensor.shape), reason, bits, BLOCK, exponent, digest.hexdigest(),

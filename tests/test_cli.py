@@ -10,10 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from conftest import Run
 from models import write_model
+
+from hlwq_formats import metadata as md
+from hlwq_formats.reader import Reader
+from hlwq_formats.writer import Writer
 
 KEYS = [
     "file", "format_version", "file_id", "content_id", "file_bytes", "weights", "bpw", "metadata", "assets", "tensors",
@@ -198,3 +203,62 @@ def test_python_m_works() -> None:
     result = subprocess.run([sys.executable, "-m", "hlwq_convert", "--version"], capture_output=True, text=True)
     assert result.returncode == 0
     assert result.stdout.startswith("hlwq-convert ")
+
+
+def test_closed_streams_are_no_failure(model: Path, converted: Path, tmp_path: Path) -> None:
+    def shell(tool: str, arguments: str) -> int:
+        code = f"from hlwq_convert.cli.{tool} import main; main()"
+        return subprocess.run(
+            ["bash", "-c", f"{sys.executable} -c '{code}' {arguments}"], stdin=subprocess.DEVNULL
+        ).returncode
+
+    assert shell("convert", f"{model} {tmp_path}/a.hlwq 2>&- >&- <&-") == 0
+    assert shell("convert", f"{model} {tmp_path}/b.hlwq --json >&-") == 0
+    assert shell("inspect", f"{converted} --verify >&-") == 0
+    assert (tmp_path / "a.hlwq").read_bytes() == converted.read_bytes()
+
+
+def test_names_that_the_terminal_cannot_show(model: Path, tmp_path: Path, run_tool: Run) -> None:
+    ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    for name in (b"b\xff.hlwq", "é→.hlwq".encode(), b"a\nb\x1b[31m.hlwq"):
+        out = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+        result = run_tool("convert", model, out, "--json", env=ascii_only)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["weights"] > 0
+        result = run_tool("convert", model, out, "--overwrite", env=ascii_only)
+        assert result.returncode == 0, result.stderr
+        assert "\x1b" not in result.stdout
+        assert run_tool("inspect", out, "--json", env=ascii_only).returncode == 0
+
+
+def test_a_pipe_that_closes_at_once_is_not_a_failed_gate(converted: Path) -> None:
+    code = "from hlwq_convert.cli.inspect import main; main()"
+    command = f"({sys.executable} -c '{code}' {converted}; echo $? >&2) | (exec <&-; sleep 1)"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stderr.split() in (["0"], ["141"])
+
+
+def test_warnings_are_in_the_json_and_not_under_quiet(tmp_path: Path, run_tool: Run) -> None:
+    tensors = {name: ("F32", (2, 2), name.encode()[:16].ljust(16)) for name in ("wte.weight", "lm_head.weight")}
+    source = write_model(tmp_path / "m", tensors, config={"tie_word_embeddings": True})
+    result = run_tool("convert", source, tmp_path / "o.hlwq", "--json", "--quiet")
+    assert result.stderr == ""
+    assert "both are kept" in json.loads(result.stdout)["warnings"][0]
+
+
+def test_passthrough_takes_no_bits(model: Path, tmp_path: Path, run_tool: Run) -> None:
+    assert run_tool("convert", model, tmp_path / "o.hlwq", "--passthrough", "--bits", "4").returncode == 2
+
+
+def test_a_gate_does_not_pass_on_tensors_that_nobody_measured(converted: Path, tmp_path: Path, run_tool: Run) -> None:
+    with Reader(converted) as reader, Writer(tmp_path / "o.hlwq") as writer:
+        for owner, name, section in md.all_sections(reader.metadata):
+            if name != md.REPORT:
+                stored = b"".join(reader.iter_section(owner, name, section.kind))
+                writer.open_section(section.kind, len(stored)).write(stored)
+        assets = [asset for asset in reader.metadata.assets if asset.name != md.REPORT]
+        writer.finish(msgspec.structs.replace(reader.metadata, assets=assets))
+    assert run_tool("inspect", tmp_path / "o.hlwq").returncode == 0
+    result = run_tool("inspect", tmp_path / "o.hlwq", "--fail-under", "0.5", "--quiet")
+    assert result.returncode == 1
+    assert "have no reported error" in result.stderr

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,16 @@ from hlwq_convert.source import open_source
 from hlwq_formats import metadata as md
 from hlwq_formats.bitpack import pack
 from hlwq_formats.dtypes import narrow, widen
-from hlwq_formats.errors import CannotCreate, HlwqError, MissingInput, NonFinite, SelfCheckFailed, SourceChanged
+from hlwq_formats.errors import (
+    BadSafetensors,
+    CannotCreate,
+    HlwqError,
+    MissingInput,
+    NonFinite,
+    SelfCheckFailed,
+    SourceChanged,
+    Usage,
+)
 from hlwq_formats.reader import Reader
 
 
@@ -313,3 +323,79 @@ def test_report_json_is_plain_json(converted: Path) -> None:
     with Reader(converted) as reader:
         report = json.loads(reader.read_asset("report.json"))
     assert {"name", "cosine", "rel_mse"} == set(report["tensors"][0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"effort": "fastt"},
+        {"nonfinite": "bogus"},
+        {"workers": 0},
+        {"workers": 1.5},
+        {"bits": 9},
+        {"bits": True},
+        {"sets": ["q_proj=1"]},
+        {"sets": ["[[q]_proj=4"]},
+        {"passthrough": True, "bits": 4},
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_written(
+    model: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(Usage):
+        h.convert(model, tmp_path / "o.hlwq", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_set_may_be_a_string(model: Path, tmp_path: Path) -> None:
+    result = h.convert(model, tmp_path / "o.hlwq", sets="q_proj=7")
+    assert {t.bits for t in result.tensors if "q_proj" in t.name} == {7}
+
+
+@pytest.mark.parametrize("out", ["", "folder/"])
+def test_an_output_without_a_name(model: Path, out: str) -> None:
+    with pytest.raises(CannotCreate, match="names no file"):
+        h.convert(model, out)
+
+
+def test_weights_too_small_for_any_scale_stay_raw(tmp_path: Path) -> None:
+    weights = np.full((64, 64), 1.4e-45, np.float32)
+    h.convert(write_model(tmp_path / "m", {"w": ("F32", (64, 64), weights.tobytes())}), tmp_path / "o.hlwq")
+    with h.open(tmp_path / "o.hlwq") as file:
+        assert "decode to zeros" in file.reader.tensors["w"].reason
+        np.testing.assert_array_equal(file.get_tensor("w"), weights)
+
+
+def test_zeros_are_quantized_exactly_and_have_no_error(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "m", {"w": ("BF16", (64, 64), bytes(8192))})
+    (info,) = h.convert(source, tmp_path / "o.hlwq").tensors
+    assert (info.encoding, info.cosine, info.sqnr_db, info.rel_mse) == ("scalar", None, None, None)
+    with h.open(tmp_path / "o.hlwq") as file:
+        assert (file.get_tensor("w") == 0).all()
+
+
+def test_the_cosine_is_never_above_one(tmp_path: Path) -> None:
+    weights = np.full((64, 128), 1e-9, np.float32)
+    weights[0] = 1e6
+    source = write_model(tmp_path / "m", {"w": ("F32", (64, 128), weights.tobytes())})
+    (info,) = h.convert(source, tmp_path / "o.hlwq", bits=8).tensors
+    assert info.cosine is not None
+    assert 0.999 < info.cosine <= 1
+
+
+def test_a_boolean_of_2_is_the_fault_of_the_source(tmp_path: Path) -> None:
+    with pytest.raises(BadSafetensors, match="boolean is 2"):
+        h.convert(write_model(tmp_path / "m", {"b": ("BOOL", (2,), b"\1\2")}), tmp_path / "o.hlwq")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_an_asset_that_changes_is_noticed(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "m", {"w": ("F32", (2,), bytes(8))}, assets={"merges.txt": b"a b"})
+
+    def rewrite(*_: object) -> None:
+        (source / "merges.txt").write_bytes(b"c d")
+
+    with pytest.raises(SourceChanged, match=r"merges\.txt"):
+        h.convert(source, tmp_path / "o.hlwq", progress=rewrite)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]

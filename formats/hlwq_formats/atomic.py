@@ -26,6 +26,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Refuse (CannotCreate) a destination that exists, or with `overwrite` one that is no regular file."""
     path = os.fspath(path)
+    if not os.path.basename(path):
+        raise CannotCreate("names no file", file=path or "(empty)", hint="choose another output")
     try:
         status = os.lstat(path)
     except FileNotFoundError:

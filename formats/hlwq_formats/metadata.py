@@ -21,6 +21,8 @@ FRAME = 1 << 20
 MAX_ASSET = 64 << 20
 MAX_ASSETS_TOTAL = 1 << 30
 MAX_NAME_BYTES = 512
+MAX_TENSORS = 200_000
+MAX_LISTED = 10_000  # rules and source files
 SIGNS_LENGTH = BLOCK // 8
 REPORT = "report.json"
 
@@ -111,7 +113,7 @@ class Recipe(Document):
     name: Text | None
     bits: Bits | None
     effort: Text
-    rules: list[Rule]
+    rules: Annotated[list[Rule], Meta(max_length=MAX_LISTED)]
 
 
 class SourceFile(Document):
@@ -126,7 +128,7 @@ class Source(Document):
 
     repo: Text | None
     revision: Text | None
-    files: list[SourceFile]
+    files: Annotated[list[SourceFile], Meta(max_length=MAX_LISTED)]
 
 
 class Split(Document):
@@ -148,7 +150,7 @@ class Tool(Document):
 class Metadata(Document):
     """The whole document."""
 
-    tensors: list[Tensor]
+    tensors: Annotated[list[Tensor], Meta(max_length=MAX_TENSORS)]
     assets: list[Asset]
     signs: Section | None
     recipe: Recipe

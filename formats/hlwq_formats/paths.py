@@ -5,7 +5,15 @@ from __future__ import annotations
 import unicodedata
 
 _MAX_BYTES = 512
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(device + n for device in ("COM", "LPT") for n in "0123456789¹²³")}
+_DEVICES = {
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    "CONIN$",
+    "CONOUT$",
+    *(device + n for device in ("COM", "LPT") for n in "0123456789¹²³"),
+}
 
 
 def unsafe_path(name: str) -> str | None:
@@ -23,4 +31,16 @@ def unsafe_path(name: str) -> str | None:
             return "the name holds a character that paths may not have"
         if part[-1] in ". " or part.split(".")[0].rstrip(" ").upper() in _DEVICES or len(part.encode()) > 255:
             return "the name is not usable on every system"
+    return None
+
+
+def clashing_name(names: list[str]) -> str | None:
+    """A name that equals another but for the case of ASCII letters, or that is also the folder of another."""
+    lowered = [name.encode().lower() for name in names]  # of bytes: ASCII letters alone
+    folders = {b"/".join(parts[:i]) for name in lowered for parts in [name.split(b"/")] for i in range(1, len(parts))}
+    seen: set[bytes] = set()
+    for name, low in zip(names, lowered, strict=True):
+        if low in seen or low in folders:
+            return name
+        seen.add(low)
     return None

@@ -125,8 +125,7 @@ class ModelDir:
     # --- one shard -----------------------------------------------------------------------------
 
     def _read_shard(self, file: str, expected: set[str] | None) -> None:
-        with self._open(file) as shard:
-            self._identities[file] = shard.identity
+        with self._reopen(file) as shard:
             self.files.append((file, shard.size))
             tensors = read_safetensors_header(shard, file)
         if expected is not None and (names := {t.name for t in tensors}) != expected:
@@ -156,23 +155,33 @@ class ModelDir:
             return shard.read(tensor.offset + start, length)
 
     def check_unchanged(self) -> None:
-        """Look at every shard once more, after the last read: SourceChanged (75) when one was touched."""
+        """Look at every file once more, after the last read: SourceChanged (75) when one was touched."""
         for file in self._identities:
             self._reopen(file).close()
 
     def _reopen(self, file: str) -> InputFile:
+        """Open a file again, or for the first time; SourceChanged when it is not what it was then."""
+        known = self._identities.get(file)
         try:
-            shard = self._open(file)
+            opened = self._open(file)
         except MissingInput as error:
+            if known is None:
+                raise
             raise SourceChanged(f"no longer readable: {error.problem}", file=file, hint="try again") from None
-        if shard.identity != self._identities[file]:
-            shard.close()
+        if known is not None and opened.identity != known:
+            opened.close()
             raise SourceChanged("changed while it was being converted", file=file, hint="try again")
-        return shard
+        self._identities[file] = opened.identity
+        return opened
+
+    def size_of(self, name: str) -> int:
+        """Bytes of another file of the directory, which from now on may not change."""
+        with self._reopen(name) as file:
+            return file.size
 
     def read_file(self, name: str, limit: int) -> bytes:
         """The content of another file of the directory; BadModelDir when it is over `limit` bytes."""
-        with self._open(name) as file:
+        with self._reopen(name) as file:
             if file.size > limit:
                 raise BadModelDir(f"{file.size} bytes, at most {limit} are allowed", file=name)
             return file.read(0, file.size)

@@ -12,7 +12,7 @@ from . import metadata as md
 from .dtypes import ITEM_BITS, WEIGHT_DTYPES, nbytes
 from .errors import BadMetadata, BadTensor, UnsupportedFeature, escape
 from .layout import BLOCK, MAX_NUMEL, numel, scalar_lengths
-from .paths import unsafe_path
+from .paths import clashing_name, unsafe_path
 
 
 def validate(metadata: md.Metadata, file: str) -> None:
@@ -91,7 +91,7 @@ def _check_assets(assets: list[md.Asset], file: str) -> None:
     order = [(asset.name == md.REPORT, asset.name.encode()) for asset in assets]
     if any(a >= b for a, b in pairwise(order)):
         raise BadMetadata(f"assets are not sorted by name with {md.REPORT} last, or one appears twice", file=file)
-    clash = _clash([asset.name for asset in assets])
+    clash = clashing_name([asset.name for asset in assets])
     if clash is not None:
         raise BadMetadata(
             f'asset "{escape(clash, 120)}": another asset needs the same place on some systems', file=file
@@ -113,15 +113,3 @@ def _check_assets(assets: list[md.Asset], file: str) -> None:
             problem = f"over the limit of {md.MAX_ASSET} bytes, or {md.MAX_ASSETS_TOTAL} for all assets"
         if problem is not None:
             raise BadMetadata(f'asset "{escape(asset.name, 120)}": {problem}', file=file)
-
-
-def _clash(names: list[str]) -> str | None:
-    """A name that equals another but for the case of ASCII letters, or that is also the folder of another."""
-    lowered = [name.encode().lower() for name in names]  # of bytes: ASCII letters alone
-    folders = {b"/".join(parts[:i]) for name in lowered for parts in [name.split(b"/")] for i in range(1, len(parts))}
-    seen: set[bytes] = set()
-    for name, low in zip(names, lowered, strict=True):
-        if low in seen or low in folders:
-            return name
-        seen.add(low)
-    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def run_command(command: click.Command, program: str) -> NoReturn:
     """Run a command and exit with the status of DESIGN: one line on stderr for whatever went wrong."""
     signal.signal(signal.SIGTERM, _terminate)
+    _repair_streams()
     debug = "--debug" in sys.argv[1:]
     try:
         # not command.main(), which prints a line of its own when interrupted
@@ -85,9 +87,34 @@ def _fail(line: str, status: int) -> int:
     return status
 
 
-def warn(message: str) -> None:
-    """One warning line on stderr."""
-    print(f"hlwq: warning: {message}", file=sys.stderr)
+def _repair_streams() -> None:
+    """Give a closed standard stream to the null device, before a file of ours takes its number, and let no
+    character be unprintable."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout, in UTF-8 whatever the locale says."""
+    import msgspec
+
+    sys.stdout.flush()
+    sys.stdout.buffer.write(msgspec.json.encode(document) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def print_warnings(messages: list[str], *, quiet: bool) -> None:
+    """One line on stderr for each warning, unless only errors are asked for."""
+    for message in () if quiet else messages:
+        print(f"hlwq: warning: {message}", file=sys.stderr)
 
 
 class ProgressLine:

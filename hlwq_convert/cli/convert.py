@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from typing import Any, NoReturn
 
 import rich_click as click
 
-from .common import ProgressLine, common_options, run_command, warn
+from hlwq_formats.errors import escape
+
+from .common import ProgressLine, common_options, print_json, print_warnings, run_command
 
 
 @click.command()
@@ -60,15 +61,17 @@ def command(
     with ProgressLine(quiet=quiet) as progress:
         inspection = run(job, output, workers=workers, overwrite=overwrite, nonfinite=nonfinite, progress=progress)
     seconds = time.monotonic() - began
-    for message in job.warnings:
-        warn(message)
+    print_warnings(inspection.warnings, quiet=quiet)
     if as_json:
-        _print_json(inspection, seconds=seconds, weights_per_second=inspection.weights / seconds)
+        import msgspec
+
+        more = {"seconds": seconds, "weights_per_second": inspection.weights / seconds}
+        print_json(msgspec.to_builtins(inspection) | more)
     elif not quiet:
         from ..report import totals
 
         rate = inspection.weights / seconds / 1e6
-        print(f"{output}\n{totals(inspection)}\n{seconds:.1f} s, {rate:.1f} million weights a second")
+        print(f"{escape(output)}\n{totals(inspection)}\n{seconds:.1f} s, {rate:.1f} million weights a second")
 
 
 def _show_plan(job: Any, output: str, as_json: bool, quiet: bool) -> None:
@@ -77,7 +80,7 @@ def _show_plan(job: Any, output: str, as_json: bool, quiet: bool) -> None:
 
     inspection = dry_run(job, output)
     if as_json:
-        _print_json(inspection)
+        print_json(inspection)
     elif not quiet:
         print_inspection(inspection)
         folder = os.path.dirname(os.path.abspath(output))
@@ -89,12 +92,6 @@ def _show_plan(job: Any, output: str, as_json: bool, quiet: bool) -> None:
             f"would write {human_bytes(inspection.file_bytes)}, {free} are free; "
             "equal tensors are found only when converting"
         )
-
-
-def _print_json(document: Any, **more: float) -> None:
-    import msgspec
-
-    sys.stdout.write(msgspec.json.encode({**msgspec.to_builtins(document), **more}).decode() + "\n")
 
 
 def main() -> NoReturn:

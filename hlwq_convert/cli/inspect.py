@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import rich_click as click
 
-from .common import ProgressLine, common_options, run_command, warn
+from .common import ProgressLine, common_options, print_json, print_warnings, run_command
 
 
 @click.command()
@@ -18,7 +18,6 @@ from .common import ProgressLine, common_options, run_command, warn
 @common_options
 def command(file: str, verify: bool, fail_under: float | None, as_json: bool, quiet: bool, debug: bool) -> int:
     """Show what FILE holds: each tensor, its encoding, its size and its closeness to the source."""
-    import msgspec
 
     from hlwq_formats.reader import Reader
 
@@ -30,10 +29,9 @@ def command(file: str, verify: bool, fail_under: float | None, as_json: bool, qu
         if verify:
             with ProgressLine(quiet=quiet) as progress:
                 reader.verify(lambda done, total: progress("verifying", done, total))
-    for message in inspection.warnings:
-        warn(message)
+    print_warnings(inspection.warnings, quiet=quiet)
     if as_json:
-        sys.stdout.write(msgspec.json.encode(inspection).decode() + "\n")
+        print_json(inspection)
     elif not quiet:
         print_inspection(inspection)
         if verify:
@@ -47,7 +45,9 @@ def command(file: str, verify: bool, fail_under: float | None, as_json: bool, qu
         print(
             f"hlwq: {len(below)} {names} below cosine {fail_under}; the worst has {worst.cosine:.5f}", file=sys.stderr
         )
-    return 1 if below else 0
+    if inspection.summary.unreported:
+        print(f"hlwq: {inspection.summary.unreported} quantized tensors have no reported error", file=sys.stderr)
+    return 1 if below or inspection.summary.unreported else 0
 
 
 def main() -> NoReturn:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from hlwq_formats import metadata as md
-from hlwq_formats.errors import UnsupportedDtype
+from hlwq_formats.errors import UnsupportedDtype, Usage
 from hlwq_formats.layout import numel
 from hlwq_formats.reader import Reader
 
@@ -36,12 +36,15 @@ TORCH: dict[str, torch.dtype] = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 """Tag -> torch dtype; the sub-byte types have none that stands for one element."""
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    TORCH["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 def load_state_dict(
     path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
-    """All tensors of a file by their source names; aliases share the memory of what they equal.
+    """All tensors of a file by their source names; a matrix that is an alias shares the memory of what it
+    equals.
 
     Every byte of the file is verified. With `dtype`, floating-point tensors come in it: quantized ones are
     rounded once, from the decoder's float32. Raises an HlwqError for a file that is damaged or hostile.
@@ -56,13 +59,17 @@ def iter_tensors(
 
     Signs and assets are verified first, each tensor before it is yielded.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise Usage(f"dtype is {dtype}, expected a floating-point type")
     with Reader(path) as reader:
         reader.verify_shared()
         wanted = {t.of for t in reader.metadata.tensors if isinstance(t, md.AliasTensor)}
         shared: dict[str, torch.Tensor] = {}
         for tensor in reader.metadata.tensors:
             if isinstance(tensor, md.AliasTensor):
-                yield tensor.name, shared[tensor.of]
+                value = shared[tensor.of]
+                # matrices of equal bytes are tied; norms and biases only happen to be equal, and are trained apart
+                yield tensor.name, value if len(tensor.shape) > 1 else value.clone()
                 continue
             value = _load(reader, tensor, torch.device(device), dtype)
             if tensor.name in wanted:

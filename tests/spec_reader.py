@@ -1,0 +1,150 @@
+"""A second reader of .hlwq 1.0, written from spec/hlwq-v1.md alone; numbers in comments are its sections."""
+
+import hashlib
+import json
+import math
+import re
+import struct
+import zlib
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import zstandard
+
+TAGS = {4: "F4", 6: "F6_E2M3 F6_E3M2", 8: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ"}  # 5.4
+TAGS |= {16: "I16 U16 F16 BF16", 32: "I32 U32 F32", 64: "C64 F64 I64 U64"}
+DTYPES = {tag: bits for bits, tags in TAGS.items() for tag in tags.split()}
+BAD_PART = re.compile(r'[\\:*?"<>|\x00-\x1f\x7f-\x9f]|[. ]\Z|\A\Z')  # 5.6; "." and ".." end in a dot
+DEVICE = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³]) *(\..*)?", re.IGNORECASE | re.DOTALL)
+REFUSALS = (AssertionError, ValueError, RecursionError, struct.error, zstandard.ZstdError)
+KEYS = ("name", "dtype", "shape", "encoding", "bits", "block", "exponent")
+JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+# 5.2, 5.3: a range is an integer, a pattern a string, a tuple one of these, [rule, lengths] an array, a dict an object
+COUNT, POSITIVE, BITS, DIGEST = range(2**53), range(1, 2**53), range(2, 9), re.compile("[0-9a-f]{64}")
+TEXT, NAME = re.compile(r"[^\x00-\x1f\x7f]{0,4096}"), re.compile(r"[^\x00-\x1f\x7f]{1,512}")
+PLAIN = {"kind": ("signs", "codes", "levels", "scales", "raw", "asset"), "length": COUNT, "sha256": DIGEST}
+SECTION = (PLAIN, PLAIN | {"zstd": {"frames": [POSITIVE, COUNT], "raw_length": POSITIVE, "raw_sha256": DIGEST}})
+TENSOR = {"name": NAME, "dtype": tuple(DTYPES), "shape": [COUNT, range(9)]}
+RAW = TENSOR | {"encoding": "raw", "reason": TEXT, "sections": [SECTION, range(4)]}
+SCALAR = RAW | {"encoding": "scalar", "bits": BITS, "block": 128, "exponent": range(-126, 113), "source_sha256": DIGEST}
+RULES = [{"bits": (BITS, None), "match": TEXT}, range(10001)]
+ASSET = {"name": NAME, "sections": [SECTION, range(1, 2)]}
+RECIPE = {"bits": (BITS, None), "effort": TEXT, "name": (TEXT, None), "rules": RULES}
+SOURCE = {"files": [{"length": COUNT, "name": NAME}, range(10001)], "repo": (TEXT, None), "revision": (TEXT, None)}
+DOCUMENT = {"assets": [ASSET, COUNT], "recipe": RECIPE, "signs": (None, PLAIN), "source": SOURCE, "split": None}
+DOCUMENT |= {"tensors": [(RAW, SCALAR, TENSOR | {"encoding": "alias", "of": NAME}), range(200001)]}
+DOCUMENT |= {"tool": {"name": TEXT, "version": TEXT, "zstd": TEXT}}
+
+
+def fits(value: Any, rule: Any) -> bool:
+    """Whether a parsed value has the type, keys and range of a rule."""
+    if isinstance(rule, range):
+        return type(value) is int and value in rule
+    if isinstance(rule, re.Pattern):
+        return isinstance(value, str) and rule.fullmatch(value) is not None
+    if isinstance(rule, list):
+        return isinstance(value, list) and len(value) in rule[1] and all(fits(one, rule[0]) for one in value)
+    if isinstance(rule, dict):
+        return isinstance(value, dict) and value.keys() == rule.keys() and all(fits(value[k], rule[k]) for k in rule)
+    if isinstance(rule, tuple):
+        return any(fits(value, one) for one in rule)
+    return type(value) is type(rule) and value == rule
+
+
+def check_entries(tensors: list[dict[str, Any]], assets: list[dict[str, Any]]) -> None:
+    """5.5 and 5.6: what entries say of each other, lengths as shape and bits demand, names that are plain paths."""
+    names, seen, total = [t["name"].encode() for t in tensors], {}, 0
+    assert all(a < b for a, b in pairwise(names)) and all(len(name) <= 512 for name in names)
+    for t in tensors:
+        n, bits = math.prod(t["shape"]), DTYPES[t["dtype"]]
+        assert math.prod(max(d, 1) for d in t["shape"]) < 2**53
+        if t["encoding"] == "alias":
+            assert seen.get(t["of"]) == (t["dtype"], t["shape"])
+            continue
+        want = [("raw", n * bits / 8)]
+        if t["encoding"] == "scalar":
+            assert t["dtype"] in ("BF16", "F16", "F32") and n
+            want = [("codes", -(-n // 128) * 16 * t["bits"]), ("levels", 4 << t["bits"]), ("scales", -(-n // 128) * 2)]
+        assert [(s["kind"], s["length"]) for s in t["sections"]] == want and not any("zstd" in s for s in t["sections"])
+        seen[t["name"]] = (t["dtype"], t["shape"])
+    assert all(a < b for a, b in pairwise((a["name"] == "report.json", a["name"].encode()) for a in assets))
+    lower = {a["name"].encode().lower() for a in assets}  # of bytes: A to Z alone
+    folders = {name[: slash.start()] for name in lower for slash in re.finditer(b"/", name)}
+    assert len(lower) == len(assets) and not lower & folders
+    for a in assets:
+        (s,), parts = a["sections"], a["name"].split("/")
+        z = s.get("zstd", {"raw_length": s["length"]})
+        total += z["raw_length"]
+        assert s["kind"] == "asset" and len(a["name"].encode()) <= 512 and z["raw_length"] <= 2**26 and total <= 2**30
+        assert all(len(p.encode()) <= 255 and not BAD_PART.search(p) and not DEVICE.fullmatch(p) for p in parts)
+        if "frames" in z:
+            assert len(z["frames"]) == -(-z["raw_length"] // 2**20) and sum(z["frames"]) == s["length"]
+
+
+def unpack(s: dict[str, Any], padding: bytes, stored: bytes) -> bytes:
+    """The raw bytes of a section, verified with the padding before it (4, 6.4)."""
+    assert not any(padding) and hashlib.sha256(stored).hexdigest() == s["sha256"]
+    if not (z := s.get("zstd")):
+        return stored
+    raw = b""
+    for start, end in pairwise(accumulate(z["frames"], initial=0)):
+        frame, size = stored[start:end], min(2**20, z["raw_length"] - len(raw))
+        head = zstandard.get_frame_parameters(frame)
+        assert frame[:4] == b"(\xb5/\xfd" and head.window_size <= 2**23
+        assert (head.content_size, head.dict_id) == (size, 0)
+        raw += zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    assert hashlib.sha256(raw).hexdigest() == z["raw_sha256"]
+    return raw
+
+
+@np.errstate(all="ignore")
+def decode(t: dict[str, Any], sign: Any, codes: bytes, levels: bytes, scales: bytes) -> bytes:
+    """A scalar tensor in its dtype (6.1 to 6.3)."""
+    table, halves = np.frombuffer(levels, "<f4"), np.frombuffer(scales, "<u2")
+    assert (np.abs(table) <= 65504).all() and (table[1:] > table[:-1]).all() and (halves < 0x7C00).all()
+    stream = np.unpackbits(np.frombuffer(codes, np.uint8), bitorder="little").reshape(-1, t["bits"])
+    y = table[np.packbits(stream, axis=1, bitorder="little")[:, 0]]
+    for h in (1, 2, 4, 8, 16, 32, 64):
+        a, b = y.reshape(-1, 2, h).swapaxes(0, 1)
+        y = np.stack((a + b, a - b), axis=1)
+    s = halves.view("<f2").astype(np.float32) * np.float32(2.0 ** t["exponent"])
+    w = (sign * (s[:, None] * y.reshape(-1, 128))).ravel()[: math.prod(t["shape"])]
+    if t["dtype"] == "BF16":
+        return (((u := w.view(np.uint32)) + np.uint32(0x7FFF) + ((u >> 16) & 1)) >> 16).astype("<u2").tobytes()
+    return w.astype("<f2" if t["dtype"] == "F16" else "<f4").tobytes()
+
+
+def read(data: bytes) -> dict[str, Any]:
+    """Verify a whole file and decode all of it; one of REFUSALS when it breaks the document."""
+    head = struct.unpack("<8sHHIQQQQQQQ32s20sI", data[:128])  # 3
+    magic, major, _, length, incompat, _, meta_off, meta_len, data_off, data_len, size, digest, zeros, crc = head
+    assert (magic, major, length, incompat, data_off) == (b"HLWQ\r\n\x1a\n", 1, 128, 0, 128)
+    assert (crc, zeros, size) == (zlib.crc32(data[:124]), bytes(20), len(data))
+    assert (meta_off, meta_off + meta_len) == (-(-(128 + data_len) // 64) * 64, size) and meta_len <= 2**26
+    assert hashlib.sha256(data[meta_off:]).digest() == digest
+    meta = json.loads(text := data[meta_off:].decode())  # 5.1
+    assert JSON.encode(meta) == text and fits(meta, DOCUMENT)
+    signs, tensors, assets = [meta["signs"]] if meta["signs"] else [], meta["tensors"], meta["assets"]
+    assert all((s["kind"], s["length"]) == ("signs", 16) for s in signs)
+    check_entries(tensors, assets)
+    sections = [*signs, *(s for entry in tensors + assets for s in entry.get("sections", []))]  # 4
+    ends = list(accumulate((s["length"] for s in sections), lambda end, n: -(-end // 64) * 64 + n, initial=128))
+    assert ends[-1] == 128 + data_len and not any(data[ends[-1] : meta_off])
+    spans = ((s, before, end - s["length"], end) for s, (before, end) in zip(sections, pairwise(ends), strict=True))
+    stored = [unpack(s, data[before:start], data[start:end]) for s, before, start, end in spans]
+    held = [[s["kind"], len(raw), hashlib.sha256(raw).hexdigest()] for s, raw in zip(sections, stored, strict=True)]
+    pairs = iter(zip(held, stored, strict=True))
+    flips = np.frombuffer(next(pairs)[1] if signs else bytes(16), np.uint8)  # 6.2
+    sign = 1 - 2 * np.unpackbits(flips, bitorder="little").astype(np.float32)
+    rows, found = [held[: len(signs)]], {}  # 7
+    for t in tensors:
+        mine = [next(pairs) for _ in t.get("sections", [])]
+        raws = [raw for _, raw in mine] or [found[t["of"]][2]]
+        value = decode(t, sign, *raws) if t["encoding"] == "scalar" else raws[0]
+        assert t["dtype"] != "BOOL" or not value.strip(b"\0\1")  # 6.5
+        found[t["name"]] = (t["dtype"], t["shape"], value)
+        rows.append([*map(t.get, KEYS), [row for row, _ in mine] if mine else t["of"]])
+    files = {a["name"]: next(pairs)[1] for a in assets}
+    ids = [hashlib.sha256(value).hexdigest() for value in (data[:128], JSON.encode(rows).encode())]
+    return {"tensors": found, "assets": files, "file_id": ids[0], "content_id": ids[1]}

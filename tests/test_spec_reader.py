@@ -1,0 +1,60 @@
+"""The second reader, written from the document alone, against the vectors and against files of the tool."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from spec_reader import REFUSALS, read
+
+import hlwq_convert as h
+from hlwq_convert.decode import decode_scalar
+from hlwq_formats import metadata as md
+
+VECTORS = Path(__file__).resolve().parent.parent / "spec" / "vectors"
+FAULTY = sorted(path for folder in ("bad", "unsupported") for path in (VECTORS / folder).glob("*.hlwq"))
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("path", sorted((VECTORS / "good").glob("*.hlwq")), ids=lambda p: p.stem)
+def test_every_good_vector_decodes_to_the_same_values(path: Path) -> None:
+    expected, found = json.loads(path.with_suffix(".json").read_bytes()), read(path.read_bytes())
+    assert (found["file_id"], found["content_id"]) == (expected["file_id"], expected["content_id"])
+    assert {name: sha256(data) for name, data in found["assets"].items()} == expected["assets"]
+    assert {
+        name: {"dtype": dtype, "shape": shape, "sha256": sha256(data)}
+        for name, (dtype, shape, data) in found["tensors"].items()
+    } == expected["tensors"]
+
+
+@pytest.mark.parametrize("path", FAULTY, ids=lambda p: p.stem)
+def test_every_faulty_vector_is_refused(path: Path) -> None:
+    with pytest.raises(REFUSALS):
+        read(path.read_bytes())
+
+
+def test_a_converted_model_reads_alike(converted: Path) -> None:
+    second = read(converted.read_bytes())
+    with h.open(converted) as file:
+        assert second["content_id"] == file.reader.content_id
+        assert list(second["tensors"]) == file.keys()
+        for name, (_, _, data) in second["tensors"].items():
+            tensor = file.reader.stored_tensor(name)
+            if isinstance(tensor, md.ScalarTensor):
+                assert data == decode_scalar(file.reader, tensor).tobytes()
+            else:
+                assert data == b"".join(file.reader.raw_chunks(tensor))
+
+
+def test_it_is_short_and_stands_alone() -> None:
+    source = (Path(__file__).parent / "spec_reader.py").read_text()
+    assert len(source.splitlines()) <= 150
+    modules = {n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
+    modules |= {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import) for a in n.names}
+    assert not any(str(module).startswith("hlwq") for module in modules)
