@@ -324,7 +324,7 @@ def main() -> int:
     check = parser.parse_args().check
     wanted = {SPEC / "vectors" / path: data for path, data in all_files().items()}
     wanted[SPEC / EXAMPLE] = with_example((SPEC / EXAMPLE).read_text("utf-8")).encode()
-    present = {path for path in (SPEC / "vectors").rglob("*") if path.is_file()}
+    present = {path for path in (SPEC / "vectors").rglob("*") if path.suffix in (".hlwq", ".json")}
     stale = sorted(present - wanted.keys())
     changed = [path for path, data in wanted.items() if not path.is_file() or path.read_bytes() != data]
     if check:

@@ -363,7 +363,7 @@ UNSAFE = {
     "up": "../x.safetensors",
     "up from within": "a/../../x.safetensors",
     "absolute": "/etc/passwd",
-    "absolute shard": "/tmp/x.safetensors",
+    "absolute shard": "/etc/x.safetensors",
     "up on Windows": "..\\x.safetensors",
     "drive": "C:x.safetensors",
     "share": "\\\\server\\share.safetensors",
