@@ -15,15 +15,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .conversion import convert as convert
-    from .decode import OpenFile as open  # noqa: F401, N813
     from .inspection import inspect as inspect
+    from .open_file import OpenFile as open  # noqa: F401, N813
     from .runtime.load import iter_tensors as iter_tensors
     from .runtime.load import load_state_dict as load_state_dict
 
 _LAZY = {
     "convert": "conversion.convert",
     "inspect": "inspection.inspect",
-    "open": "decode.OpenFile",
+    "open": "open_file.OpenFile",
     "load_state_dict": "runtime.load.load_state_dict",
     "iter_tensors": "runtime.load.iter_tensors",
 }

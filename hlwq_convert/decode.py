@@ -1,26 +1,20 @@
-"""Read a container back into NumPy arrays, and offer it as `open(path)`."""
+"""Read a container back into NumPy arrays."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import NUMPY, narrow, widen
-from hlwq_formats.errors import UnsupportedDtype, Usage, escape
+from hlwq_formats.errors import UnsupportedDtype
 from hlwq_formats.layout import BLOCK, numel
 from hlwq_formats.reader import Reader
 
 from .quantize import CHUNK, ScalarCode, dequantize
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -75,40 +69,3 @@ def get_numpy(reader: Reader, name: str) -> NDArray[np.generic]:
     if tensor.dtype == "BF16":
         return widen(raw, "BF16").reshape(tensor.shape)
     return np.frombuffer(raw, NUMPY[tensor.dtype]).reshape(tensor.shape)
-
-
-class OpenFile:
-    """What `hlwq_convert.open` returns: a dict-like view of a file, one tensor at a time."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.reader = Reader(path)
-
-    def keys(self) -> list[str]:
-        """All tensor names, aliases included, in file order."""
-        return list(self.reader.tensors)
-
-    @overload
-    def get_tensor(self, name: str, framework: Literal["np"] = "np") -> NDArray[Any]: ...
-    @overload
-    def get_tensor(self, name: str, framework: Literal["pt"]) -> torch.Tensor: ...
-    def get_tensor(self, name: str, framework: Literal["np", "pt"] = "np") -> NDArray[Any] | torch.Tensor:
-        """One tensor, verified, as NumPy ("np"; BF16 becomes float32) or torch ("pt", needs the extra torch)."""
-        if framework == "np":
-            return get_numpy(self.reader, name)
-        if framework != "pt":
-            raise Usage(f'framework is {escape(str(framework))}, expected "np" or "pt"')
-        from .runtime.load import get_torch
-
-        return get_torch(self.reader, name)
-
-    def close(self) -> None:
-        """Close the file."""
-        self.reader.close()
-
-    def __enter__(self) -> OpenFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
