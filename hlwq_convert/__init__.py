@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hlwq_formats.errors import HlwqError as HlwqError
+
     from .conversion import convert as convert
     from .inspection import inspect as inspect
     from .open_file import OpenFile as open  # noqa: F401, N813
@@ -26,6 +28,7 @@ _LAZY = {
     "open": "open_file.OpenFile",
     "load_state_dict": "runtime.load.load_state_dict",
     "iter_tensors": "runtime.load.iter_tensors",
+    "HlwqError": "hlwq_formats.errors.HlwqError",
 }
 
 __all__ = ["__version__", *_LAZY]
@@ -38,6 +41,10 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     module, _, attribute = _LAZY[name].rpartition(".")
-    value = getattr(import_module(f".{module}", __name__), attribute)
+    value = getattr(import_module(module if module.startswith("hlwq_formats") else f".{module}", __name__), attribute)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -50,7 +50,7 @@ def plan(tensors: Sequence[SourceTensor], recipe: md.Recipe, required: int = 0) 
         if not usable and number >= optional:
             raise _useless(rule, names, choices)
         for name in usable:
-            choices[name] = Choice(rule.bits, f"rule {escape(rule.match, 120)}")
+            choices[name] = Choice(rule.bits, f"rule {rule.match}"[:200])
     return choices
 
 

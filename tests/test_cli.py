@@ -262,3 +262,10 @@ def test_a_gate_does_not_pass_on_tensors_that_nobody_measured(converted: Path, t
     result = run_tool("inspect", tmp_path / "o.hlwq", "--fail-under", "0.5", "--quiet")
     assert result.returncode == 1
     assert "have no reported error" in result.stderr
+
+
+def test_what_the_package_offers_is_listed_and_there() -> None:
+    import hlwq_convert as h
+
+    assert {"convert", "inspect", "open", "load_state_dict", "iter_tensors", "HlwqError"} <= set(dir(h))
+    assert issubclass(h.HlwqError, Exception)

@@ -57,7 +57,7 @@ def run_command(command: click.Command, program: str) -> NoReturn:
         status = 141
     except click.ClickException as error:
         hint = f"see {program} --help"
-        status = _report(Usage(escape(error.format_message().replace("\n", " "), 300), hint=hint), debug)
+        status = _report(Usage(escape(error.format_message().replace("\n", " ").rstrip("."), 300), hint=hint), debug)
     except HlwqError as error:
         status = _report(error, debug)
     except OSError as error:
