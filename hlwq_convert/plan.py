@@ -18,7 +18,7 @@ _MIN_EXPERT_COLUMNS = 64
 
 _EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|lm_head|output\.weight$)", re.IGNORECASE)
 _DELICATE = (
-    (re.compile(r"norm|layernorm|(^|\.)ln_", re.IGNORECASE), "norm"),
+    (re.compile(r"norm|(^|\.)ln_", re.IGNORECASE), "norm"),
     (re.compile(r"A_log|\.D$|(^|\.)dt_"), "state-space parameter"),
     (re.compile(r"(^|[._])bias$"), "bias"),
     (re.compile(r"\.gate\.weight$|router", re.IGNORECASE), "router"),

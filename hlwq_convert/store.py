@@ -48,7 +48,7 @@ class Run:
 
 
 class CannotDecode(Exception):
-    """A tensor so near the end of its dtype's range that its decoding overflows."""
+    """A tensor at an end of the float range: its decoding would overflow, or all of it vanish."""
 
 
 def write_tensor(run: Run, tensor: SourceTensor, choice: Choice) -> md.Tensor:
