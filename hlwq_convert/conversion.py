@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,8 +27,9 @@ from .plan import Choice, plan
 from .recipe import make_recipe
 from .rotate import SIGN_BYTES
 from .scalar import Effort
+from .self_check import self_check
 from .source import Source, open_source
-from .store import Run, check_decoding, write_tensor
+from .store import Run, write_tensors
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, bytes done, bytes in all)."""
@@ -111,22 +113,24 @@ def run(
     with (
         Writer(out, overwrite=overwrite, reserve=_upper_bound(job)) as writer,
         ThreadPoolExecutor(workers, "hlwq") as pool,
+        ExitStack() as stack,
     ):
-        run = Run(
-            model, writer, pool, 2 * workers, job.recipe.effort, nonfinite, _stepper(progress, "converting", total)
-        )
+        step = _stepper(progress, "converting", total)
+        run = Run(model, writer, pool, workers, job.recipe.effort, nonfinite, step)
+        stack.callback(run.stop.set)
         aliases = find_duplicates(model, source.tensors)
         job.warnings.extend(tie_warnings(job, aliases))
         choices = merge_choices(job.choices, aliases)
 
         signs = writer.write_section("signs", SIGN_BYTES)
+        stored = write_tensors(run, [(t, choices[t.name]) for t in source.tensors if t.name not in aliases])
         tensors: list[md.Tensor] = []
         for tensor in source.tensors:
             if (target := aliases.get(tensor.name)) is not None:
                 tensors.append(md.AliasTensor(tensor.name, tensor.dtype, list(tensor.shape), target))
-                run.step(tensor.length)
+                step(tensor.length)
             else:
-                tensors.append(write_tensor(run, tensor, choices[tensor.name]))
+                tensors.append(next(stored))
         assets = [
             md.Asset(name, [writer.write_section("asset", source.read_asset(name), compress=True)])
             for name, _ in source.assets
@@ -135,14 +139,13 @@ def run(
         assets.append(md.Asset(md.REPORT, [report]))
         model.check_unchanged()
         metadata = make_metadata(job, signs, tensors, assets)
-        step = _stepper(progress, "checking", total)
         inspections = []
 
-        def check(reader: Reader) -> None:
-            check_decoding(run, step, reader)
+        def verify(reader: Reader) -> None:
+            self_check(reader, run.checksums, pool, 2 * workers, _stepper(progress, "checking", total))
             inspections.append(inspect_reader(reader))  # here, so that nothing can fail after the file is published
 
-        writer.finish(metadata, check)
+        writer.finish(metadata, verify)
     return msgspec.structs.replace(inspections[0], file=printable(os.fspath(out)), warnings=job.warnings)
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hlwq_formats import metadata as md
-from hlwq_formats.dtypes import NUMPY, narrow, widen
+from hlwq_formats.dtypes import BIT_PATTERNS, NUMPY, widen
 from hlwq_formats.errors import UnsupportedDtype
 from hlwq_formats.layout import BLOCK, numel
 from hlwq_formats.reader import Reader
 
-from .quantize import CHUNK, ScalarCode, dequantize
+from .parallel import call, default_workers, ordered_map
+from .quantize import CHUNK, ScalarCode
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,27 @@ def code_chunks(reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK) -> 
         start += count
 
 
+def decode_tasks(
+    reader: Reader, tensor: md.ScalarTensor, dtype: str, result: NDArray[np.unsignedinteger]
+) -> Iterator[Callable[[], None]]:
+    """Tasks, to be done in any order and by any thread, that write the weights of a tensor to `result`: (numel,)
+    bit patterns of `dtype`, uint32 for F32 and else uint16. What they wrote is verified only at exhaustion."""
+    from .kernels.decode import decoder  # numba takes half a second to import
+
+    decode = decoder(scalar_code(reader, tensor), dtype)
+    for chunk in code_chunks(reader, tensor):
+        yield partial(decode, chunk.packed, chunk.scales, result[chunk.start : chunk.start + chunk.count])
+
+
 def decode_scalar(reader: Reader, tensor: md.ScalarTensor) -> NDArray[np.generic]:
     """The weights of a scalar tensor in its dtype, in its shape; BF16 as uint16 bit patterns."""
-    code = scalar_code(reader, tensor)
-    result = np.empty(numel(tensor.shape), "<f4" if tensor.dtype == "F32" else "<u2")
-    for chunk in code_chunks(reader, tensor):
-        values = narrow(dequantize(chunk.packed, chunk.scales, code, chunk.count), tensor.dtype)
-        result[chunk.start : chunk.start + chunk.count] = values.view(result.dtype)
-    return result.view("<f2" if tensor.dtype == "F16" else result.dtype).reshape(tensor.shape)
+    result = np.empty(numel(tensor.shape), BIT_PATTERNS[tensor.dtype])
+    workers = default_workers() if len(result) > CHUNK else 1
+    with ThreadPoolExecutor(workers, "hlwq") as pool:
+        for _ in ordered_map(pool, 2 * workers, call, decode_tasks(reader, tensor, tensor.dtype, result)):
+            pass
+    own = NUMPY.get(tensor.dtype)
+    return (result if own is None else result.view(own)).reshape(tensor.shape)
 
 
 def get_numpy(reader: Reader, name: str) -> NDArray[np.generic]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,10 +16,41 @@ R = TypeVar("R")
 
 
 def default_workers() -> int:
-    """The CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The CPUs that this process may use: by affinity and, on Linux, by the quota of its control groups."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return cpus if quota is None else max(1, min(cpus, math.ceil(quota)))
+
+
+def _cgroup_quota(membership: Path, root: Path) -> float | None:
+    """CPUs that the control groups of a process allow it (version 1 or 2), None without a limit."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                base, read = root, _quota_v2
+            elif "cpu" in controllers.split(","):
+                base, read = root / controllers, _quota_v1
+            else:
+                continue
+            group = base / path.lstrip("/")
+            # a container may see its own group as the root: every ancestor that is there counts
+            for folder in (group, *group.parents):
+                if folder == base or base in folder.parents:
+                    with contextlib.suppress(OSError, ValueError):
+                        found.append(read(folder))
+    return min((quota for quota in found if quota is not None and quota > 0), default=None)
+
+
+def _quota_v2(folder: Path) -> float | None:
+    quota, period = (folder / "cpu.max").read_text().split()
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _quota_v1(folder: Path) -> float | None:
+    quota = int((folder / "cpu.cfs_quota_us").read_text())
+    return quota / int((folder / "cpu.cfs_period_us").read_text()) if quota > 0 else None
 
 
 def ordered_map(pool: ThreadPoolExecutor, ahead: int, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -32,3 +66,8 @@ def ordered_map(pool: ThreadPoolExecutor, ahead: int, work: Callable[[T], R], it
     finally:
         for future in waiting:
             future.cancel()
+
+
+def call(task: Callable[[], R]) -> R:
+    """Do it: the `work` for items that are tasks."""
+    return task()

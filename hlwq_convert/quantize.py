@@ -2,6 +2,8 @@
 
 Both lines work on any run of whole blocks, so a tensor passes through in chunks. What the encoder measures
 is the decoder's own output, rounded to the tensor's dtype: the reported error is that of what is loaded.
+
+This is the reference, in NumPy; kernels.encode and kernels.decode give the same bits, faster.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from hlwq_formats.layout import BLOCK, count_blocks
 from .rotate import block_sums, from_blocks, fwht, to_blocks
 from .scalar import Effort, encode
 
-CHUNK = 1 << 17
-"""Weights that go through the stages at once: at this size their temporaries stay near the core's cache."""
+CHUNK = 1 << 20
+"""Weights that are read, coded and written at once."""
+
+CHECKSUM_WEIGHTS = (2 * np.arange(BLOCK, dtype=np.uint32) + 1) * np.uint32(0x9E3779B1)
+"""Odd multipliers for the checksum of a block: a change of any one weight changes it."""
 
 _TOP_EXPONENT = 15
 
@@ -39,13 +44,22 @@ class ScalarCode:
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """The stored form of a run of blocks, and sums for each block to measure it by."""
+    """The stored form of a run of blocks, and what was measured on its decoding, for each block."""
 
-    codes: bytes  # n_blocks * 16 * bits
-    scales: bytes  # n_blocks float16
+    codes: bytes | memoryview  # n_blocks * 16 * bits
+    scales: bytes | memoryview  # n_blocks float16
     sums: NDArray[np.float32]  # (4, n_blocks): source energy, decoded energy, their product, error energy
-    finite: bool  # whether every decoded weight is
-    checksum: int  # CRC-32 of the decoded weights in the tensor's dtype
+    checksums: NDArray[np.uint32]  # (n_blocks,) of the decoded weights in the tensor's dtype
+
+    @property
+    def finite(self) -> bool:
+        """Whether every decoded weight is."""
+        return bool(np.isfinite(self.sums[1]).all())
+
+    @property
+    def checksum(self) -> int:
+        """One for the chunk."""
+        return combine(self.checksums)
 
 
 def choose_exponent(largest: float) -> int:
@@ -60,11 +74,6 @@ def choose_exponent(largest: float) -> int:
     return min(max(int(np.frexp(largest)[1]) - 1 - _TOP_EXPONENT, -126), 112)
 
 
-def sample_blocks(raw: bytes, code_dtype: str, exponent: int, signs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Blocks ready to be rotated, (n, 128) float32 with signs applied, from source bytes."""
-    return to_blocks(widen(raw, code_dtype) * power_of_two(-exponent)) * signs
-
-
 def quantize(raw: bytes, code: ScalarCode) -> EncodedChunk:
     """Encode source bytes of `code.dtype`: whole blocks of weights, but for the end of the tensor."""
     to_unit = power_of_two(-code.exponent)
@@ -74,18 +83,19 @@ def quantize(raw: bytes, code: ScalarCode) -> EncodedChunk:
     codes, scales = encode(rotated, code.levels, code.effort)
     packed = pack(np.ascontiguousarray(codes).reshape(-1), code.bits)
 
-    decoded = narrow(dequantize(packed, scales, code, len(weights)), code.dtype).tobytes()
-    restored = to_blocks(widen(decoded, code.dtype) * to_unit)
-    finite = bool(np.isfinite(restored).all())
+    decoded = narrow(dequantize(packed, scales, code, len(weights)), code.dtype)
+    restored = to_blocks(widen(decoded.tobytes(), code.dtype) * to_unit)
     with np.errstate(invalid="ignore", over="ignore"):  # not finite: the caller keeps the tensor raw
         error = blocks - restored
         sums = [
             block_sums(a * b) for a, b in ((blocks, blocks), (restored, restored), (blocks, restored), (error, error))
         ]
-    return EncodedChunk(packed, scales.tobytes(), np.stack(sums), finite, zlib.crc32(decoded))
+    return EncodedChunk(packed, scales.tobytes(), np.stack(sums), block_checksums(decoded))
 
 
-def dequantize(packed: bytes, scales: NDArray[np.float16], code: ScalarCode, count: int) -> NDArray[np.float32]:
+def dequantize(
+    packed: bytes | memoryview, scales: NDArray[np.float16], code: ScalarCode, count: int
+) -> NDArray[np.float32]:
     """Decode the first `count` weights of a run of blocks, as (count,) float32 (spec section 6.3).
 
     w = signs * (scale * fwht(levels[codes])), multiplied in exactly this order.
@@ -96,6 +106,19 @@ def dequantize(packed: bytes, scales: NDArray[np.float16], code: ScalarCode, cou
     scale = scales.astype(np.float32) * power_of_two(code.exponent)
     with np.errstate(over="ignore"):  # the encoder keeps such tensors raw; a stranger's file may hold infinity
         return from_blocks(code.signs * (scale[:, None] * values), count)
+
+
+def block_checksums(decoded: NDArray[np.generic]) -> NDArray[np.uint32]:
+    """(n_blocks,) sums modulo 2**32 of the bit patterns of (count,) weights, each times its multiplier."""
+    bits = np.zeros(count_blocks(len(decoded)) * BLOCK, np.uint32)
+    bits[: len(decoded)] = decoded.view(f"<u{decoded.itemsize}")
+    checksums: NDArray[np.uint32] = (bits.reshape(-1, BLOCK) * CHECKSUM_WEIGHTS).sum(axis=1, dtype=np.uint32)
+    return checksums
+
+
+def combine(checksums: NDArray[np.uint32]) -> int:
+    """One checksum for a run of blocks."""
+    return zlib.crc32(checksums.astype("<u4", copy=False).data)
 
 
 def power_of_two(exponent: int) -> np.float32:

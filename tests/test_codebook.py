@@ -180,10 +180,10 @@ def test_normalised_blocks_have_unit_root_mean_square() -> None:
 
 @deterministic
 @given(st.integers(1, 1 << 33))
-def test_the_sample_is_at_most_2047_groups_at_one_stride(n_blocks: int) -> None:
+def test_the_sample_is_at_most_255_groups_at_one_stride(n_blocks: int) -> None:
     groups = sample_groups(n_blocks)
     assert groups[0] == 0
     assert groups.step % GROUP == 0
     assert groups[-1] < n_blocks <= groups[-1] + groups.step
     n_groups = -(-n_blocks // GROUP)
-    assert min(n_groups, 1024) <= len(groups) <= 2047
+    assert min(n_groups, 128) <= len(groups) <= 255

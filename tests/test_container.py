@@ -431,7 +431,7 @@ def test_an_interrupt_leaves_nothing(out: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), Writer(out) as writer:
-        writer.finish(write_sections(writer), check=interrupt)
+        writer.finish(write_sections(writer), verify=interrupt)
     assert only(out.parent)
 
 
@@ -445,7 +445,7 @@ def test_the_header_is_written_after_everything_was_checked(out: Path) -> None:
     heads = []
     with Writer(out) as writer:
         metadata = write_sections(writer)
-        writer.finish(metadata, check=lambda _: heads.append(Path(f"{out}.part").read_bytes()[:128]))
+        writer.finish(metadata, verify=lambda _: heads.append(Path(f"{out}.part").read_bytes()[:128]))
     assert heads == [bytes(128)]
 
 
@@ -454,7 +454,7 @@ def test_a_failed_check_publishes_nothing(out: Path) -> None:
         raise errors.SelfCheckFailed("not what was meant")
 
     with Writer(out) as writer, pytest.raises(errors.SelfCheckFailed):
-        writer.finish(write_sections(writer), check=fail)
+        writer.finish(write_sections(writer), verify=fail)
     assert only(out.parent)
 
 

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ import pytest
 from models import write_model
 
 import hlwq_convert as h
-from hlwq_convert import quantize, store
+from hlwq_convert.kernels import encode as kernel
+from hlwq_convert.quantize import EncodedChunk, ScalarCode
 from hlwq_convert.source import open_source
 from hlwq_formats import metadata as md
-from hlwq_formats.bitpack import pack
+from hlwq_formats.bitpack import pack, unpack
 from hlwq_formats.dtypes import narrow, widen
 from hlwq_formats.errors import (
     BadSafetensors,
@@ -255,7 +258,7 @@ def test_an_existing_output_survives_a_failed_overwrite(tmp_path: Path, monkeypa
     out.write_bytes(b"dear")
     with pytest.raises(CannotCreate, match="exists already"):
         h.convert(source, out)
-    monkeypatch.setattr(store, "quantize", _interrupt)
+    monkeypatch.setattr(kernel, "encoder", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         h.convert(source, out, overwrite=True)
     assert out.read_bytes() == b"dear"
@@ -268,15 +271,18 @@ def _interrupt(*_: object) -> None:
 
 def test_a_planted_encoder_bug_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_model(tmp_path / "m", {"t": ("F32", (64, 96), gaussian(64, 96).tobytes())})
-    honest = quantize.quantize
+    honest = kernel.encoder
 
-    def one_wrong_code(raw: bytes, code: quantize.ScalarCode) -> quantize.EncodedChunk:
-        chunk = honest(raw, code)
-        codes = quantize.unpack(chunk.codes, code.bits, 64 * 96).copy()
-        codes[4321] ^= 1
-        return quantize.EncodedChunk(pack(codes, code.bits), chunk.scales, chunk.sums, chunk.finite, chunk.checksum)
+    def careless_encoder(code: ScalarCode) -> Callable[[bytes], EncodedChunk]:
+        def one_wrong_code(raw: bytes) -> EncodedChunk:
+            chunk = honest(code)(raw)
+            codes = unpack(chunk.codes, code.bits, 64 * 96).copy()
+            codes[4321] ^= 1
+            return replace(chunk, codes=pack(codes, code.bits))
 
-    monkeypatch.setattr(store, "quantize", one_wrong_code)
+        return one_wrong_code
+
+    monkeypatch.setattr(kernel, "encoder", careless_encoder)
     with pytest.raises(SelfCheckFailed, match="nothing was published") as caught:
         h.convert(source, tmp_path / "o.hlwq")
     assert caught.value.exit_status == 70
@@ -285,15 +291,15 @@ def test_a_planted_encoder_bug_is_not_published(tmp_path: Path, monkeypatch: pyt
 
 def test_a_source_that_changes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_model(tmp_path / "m", {"t": ("F32", (64, 96), gaussian(64, 96).tobytes())})
-    honest = quantize.quantize
+    honest = kernel.encoder
 
-    def touch_and_quantize(raw: bytes, code: quantize.ScalarCode) -> quantize.EncodedChunk:
+    def touching_encoder(code: ScalarCode) -> Callable[[bytes], EncodedChunk]:
         with (source / "model.safetensors").open("r+b") as shard:
             shard.seek(-1, os.SEEK_END)
             shard.write(b"\0")
-        return honest(raw, code)
+        return honest(code)
 
-    monkeypatch.setattr(store, "quantize", touch_and_quantize)
+    monkeypatch.setattr(kernel, "encoder", touching_encoder)
     with pytest.raises(SourceChanged) as caught:
         h.convert(source, tmp_path / "o.hlwq")
     assert caught.value.exit_status == 75

@@ -17,11 +17,11 @@ from hlwq_convert.quantize import (
     CHUNK,
     EncodedChunk,
     ScalarCode,
+    block_checksums,
     choose_exponent,
     dequantize,
     power_of_two,
     quantize,
-    sample_blocks,
 )
 from hlwq_convert.rotate import sign_vector
 from hlwq_formats.dtypes import WEIGHT_DTYPES, narrow, widen
@@ -345,13 +345,23 @@ def test_powers_of_two_are_exact(exponent: int) -> None:
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("length", [1, 127, 1000])
-def test_the_checksum_is_that_of_the_decoded_bytes(dtype: str, length: int) -> None:
+def test_the_checksum_is_that_of_the_decoded_weights(dtype: str, length: int) -> None:
     _, decoded, chunk = round_trip(np.random.default_rng(9).standard_normal(length), dtype, 4)
-    assert chunk.checksum == zlib.crc32(narrow(decoded, dtype).tobytes())
+    bits = narrow(decoded, dtype).view("<u4" if dtype == "F32" else "<u2")
+    expected = []
+    for start in range(0, length, 128):
+        block = [int(b) for b in bits[start : start + 128]]
+        expected.append(sum(b * (2 * i + 1) * 0x9E3779B1 for i, b in enumerate(block)) % 2**32)
+    assert chunk.checksums.tolist() == expected
+    assert chunk.checksum == zlib.crc32(np.array(expected, "<u4").tobytes())
 
 
-def test_sampled_blocks_are_scaled_and_signed() -> None:
-    weights = np.arange(1, 201, dtype=np.float32)
-    blocks = sample_blocks(weights.tobytes(), "F32", 3, sign_vector())
-    flat = np.concatenate([weights, np.zeros(56, np.float32)]).reshape(2, 128)
-    assert np.array_equal(blocks, flat / 8 * sign_vector())
+def test_any_changed_weight_changes_the_checksum() -> None:
+    bits = np.random.default_rng(3).integers(0, 1 << 16, 256).astype(np.uint16)
+    before = block_checksums(bits)
+    for i in range(256):
+        for flip in (1, 0x80, 0x8000):
+            changed = bits.copy()
+            changed[i] ^= flip
+            after = block_checksums(changed)
+            assert (after != before).tolist() == [i < 128, i >= 128]

@@ -125,7 +125,7 @@ class AtomicFile:
                 raise self._failed(error, size) from None
             # a file system that cannot reserve: the writes will tell
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset`."""
         view = memoryview(data)
         try:

@@ -58,6 +58,13 @@ NUMPY: dict[str, np.dtype[np.generic]] = {
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 """The tags that can be quantized: float32 holds each of their values exactly."""
 
+BIT_PATTERNS: dict[str, np.dtype[np.unsignedinteger]] = {
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<u2"),
+    "F32": np.dtype("<u4"),
+}
+"""Tag of a weight -> the NumPy dtype of its bit pattern."""
+
 
 def nbytes(tag: str, numel: int) -> int | None:
     """Bytes of `numel` packed elements of a known tag, or None when they do not fill whole bytes."""

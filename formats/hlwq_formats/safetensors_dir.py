@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -151,8 +152,13 @@ class ModelDir:
 
     def read(self, tensor: SourceTensor, start: int, length: int) -> bytes:
         """`length` bytes of a tensor from byte `start`; SourceChanged (75) when the shard is another one now."""
+        return next(self.read_pieces(tensor, [(start, length)]))
+
+    def read_pieces(self, tensor: SourceTensor, places: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+        """`read` for each (start, length), opening the shard once."""
         with self._reopen(tensor.file) as shard:
-            return shard.read(tensor.offset + start, length)
+            for start, length in places:
+                yield shard.read(tensor.offset + start, length)
 
     def check_unchanged(self) -> None:
         """Look at every file once more, after the last read: SourceChanged (75) when one was touched."""

@@ -30,8 +30,8 @@ class SectionWriter:
         self._length = length
         self._digest = hashlib.sha256()
 
-    def write(self, data: bytes) -> None:
-        """Append `data` to the section."""
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`, items of one byte, to the section."""
         if self._position + len(data) > self._end:
             raise Internal(f"{self._kind} section overflows its {self._length} bytes")
         self._file.write(self._position, data)
@@ -79,10 +79,10 @@ class Writer:
         """Give back every section opened since `position` was the writer's `position`."""
         self.position = position
 
-    def finish(self, metadata: md.Metadata, check: Callable[[Reader], None] | None = None) -> None:
+    def finish(self, metadata: md.Metadata, verify: Callable[[Reader], None] = Reader.verify) -> None:
         """Write the metadata, verify the file through the public reader, commit and publish.
 
-        `check` may look at the content through the same reader and raise SelfCheckFailed.
+        A `verify` of one's own must read every section; it may raise SelfCheckFailed.
         """
         document = md.encode(metadata)
         lengths = [section.length for _, _, section in md.all_sections(metadata)]
@@ -95,9 +95,7 @@ class Writer:
         encoded = header.encode()
         try:
             with Reader(self._file.part, header=encoded) as reader:
-                reader.verify()
-                if check is not None:
-                    check(reader)
+                verify(reader)
             self._file.write(0, encoded)
             self._file.sync()
             with Reader(self._file.part):  # the header, too, from disk

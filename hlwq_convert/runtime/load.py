@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
 from hlwq_formats import metadata as md
+from hlwq_formats.dtypes import BIT_PATTERNS, WEIGHT_DTYPES
 from hlwq_formats.errors import UnsupportedDtype, Usage
 from hlwq_formats.layout import numel
 from hlwq_formats.reader import Reader
 
-from ..decode import code_chunks, scalar_code
+from ..decode import CodeChunk, code_chunks, decode_tasks, scalar_code
+from ..parallel import call, default_workers, ordered_map
 from .dequantize import TorchCode
 
 TORCH: dict[str, torch.dtype] = {
@@ -39,9 +43,15 @@ TORCH: dict[str, torch.dtype] = {
 if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
     TORCH["F8_E8M0"] = torch.float8_e8m0fnu
 
+TAGS = {TORCH[tag]: tag for tag in WEIGHT_DTYPES}
+"""The torch dtypes that the decoder rounds to by itself."""
+
 
 def load_state_dict(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    workers: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """All tensors of a file by their source names; a matrix that is an alias shares the memory of what it
     equals.
@@ -49,20 +59,28 @@ def load_state_dict(
     Every byte of the file is verified. With `dtype`, floating-point tensors come in it: quantized ones are
     rounded once, from the decoder's float32. Raises an HlwqError for a file that is damaged or hostile.
     """
-    return dict(iter_tensors(path, device, dtype))
+    return dict(iter_tensors(path, device, dtype, workers))
 
 
 def iter_tensors(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    workers: int | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) in file order, holding no tensor itself but those that a later alias needs.
+    """Yield (name, tensor) in file order, holding no tensor itself but those that a later alias needs and the
+    beginning of what comes next.
 
-    Signs and assets are verified first, each tensor before it is yielded.
+    Signs and assets are verified first, each tensor before it is yielded. `workers` is the number of threads
+    that decode, by default one for each CPU that this process may use.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise Usage(f"dtype is {dtype}, expected a floating-point type")
-    with Reader(path) as reader:
+    workers = workers or default_workers()
+    with Reader(path) as reader, ThreadPoolExecutor(workers, "hlwq") as pool:
         reader.verify_shared()
+        stored = [t for t in reader.metadata.tensors if not isinstance(t, md.AliasTensor)]
+        loaded = _load(reader, stored, pool, 2 * workers, torch.device(device), dtype)
         wanted = {t.of for t in reader.metadata.tensors if isinstance(t, md.AliasTensor)}
         shared: dict[str, torch.Tensor] = {}
         for tensor in reader.metadata.tensors:
@@ -71,7 +89,7 @@ def iter_tensors(
                 # matrices of equal bytes are tied; norms and biases only happen to be equal, and are trained apart
                 yield tensor.name, value if len(tensor.shape) > 1 else value.clone()
                 continue
-            value = _load(reader, tensor, torch.device(device), dtype)
+            value = next(loaded)
             if tensor.name in wanted:
                 shared[tensor.name] = value
             yield tensor.name, value
@@ -80,22 +98,69 @@ def iter_tensors(
 
 def get_torch(reader: Reader, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
     """One tensor of an open file, verified."""
-    return _load(reader, reader.stored_tensor(name), torch.device(device), None)
+    workers = default_workers()
+    with ThreadPoolExecutor(workers, "hlwq") as pool:
+        return next(_load(reader, [reader.stored_tensor(name)], pool, 2 * workers, torch.device(device), None))
+
+
+Stored = md.RawTensor | md.ScalarTensor
 
 
 def _load(
-    reader: Reader, tensor: md.RawTensor | md.ScalarTensor, device: torch.device, dtype: torch.dtype | None
+    reader: Reader,
+    tensors: Sequence[Stored],
+    pool: ThreadPoolExecutor,
+    ahead: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> Iterator[torch.Tensor]:
+    """The tensors in order, each when it is complete and verified, decoded in one stream over all of them."""
+    for value in ordered_map(pool, ahead, call, _tasks(reader, tensors, device, dtype)):
+        if value is not None:
+            yield value
+
+
+def _tasks(
+    reader: Reader, tensors: Sequence[Stored], device: torch.device, dtype: torch.dtype | None
+) -> Iterator[Callable[[], torch.Tensor | None]]:
+    """Tasks that fill each tensor, then one that returns it: made only when its digests have matched."""
+    for tensor in tensors:
+        own = TORCH.get(tensor.dtype)
+        if own is None:
+            raise UnsupportedDtype(f"torch has no type for {tensor.dtype}", file=reader.path, tensor=tensor.name)
+        wanted = dtype if dtype is not None and own.is_floating_point else own
+        if isinstance(tensor, md.RawTensor):
+            yield partial(_load_raw, reader, tensor, own, wanted, device)
+            continue
+        # the kernels round to the dtypes of weights, torch to any other
+        direct = wanted if wanted in TAGS or device.type != "cpu" else torch.float32
+        result = torch.empty(numel(tensor.shape), dtype=direct, device=device)
+        if device.type == "cpu":
+            bits = result.view(torch.int32 if direct is torch.float32 else torch.int16).numpy()
+            yield from decode_tasks(reader, tensor, TAGS[direct], bits.view(BIT_PATTERNS[TAGS[direct]]))
+        else:
+            yield from _device_tasks(reader, tensor, result)
+        yield partial(result.reshape(tensor.shape).to, wanted)
+
+
+def _load_raw(
+    reader: Reader, tensor: md.RawTensor, own: torch.dtype, wanted: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    own = TORCH.get(tensor.dtype)
-    if own is None:
-        raise UnsupportedDtype(f"torch has no type for {tensor.dtype}", file=reader.path, tensor=tensor.name)
-    wanted = dtype if dtype is not None and own.is_floating_point else own
-    if isinstance(tensor, md.RawTensor):
-        raw = bytearray().join(reader.raw_chunks(tensor))
-        flat = torch.frombuffer(raw, dtype=torch.uint8).view(own) if raw else torch.empty(0, dtype=own)
-        return flat.reshape(tensor.shape).to(device=device, dtype=wanted)
-    result = torch.empty(numel(tensor.shape), dtype=wanted, device=device)
-    code = TorchCode(scalar_code(reader, tensor), device)
-    for chunk in code_chunks(reader, tensor):
+    raw = bytearray(tensor.sections[0].length)
+    start = 0
+    for piece in reader.raw_chunks(tensor):
+        raw[start : start + len(piece)] = piece
+        start += len(piece)
+    flat = torch.frombuffer(raw, dtype=torch.uint8).view(own) if raw else torch.empty(0, dtype=own)
+    return flat.reshape(tensor.shape).to(device=device, dtype=wanted)
+
+
+def _device_tasks(reader: Reader, tensor: md.ScalarTensor, result: torch.Tensor) -> Iterator[Callable[[], None]]:
+    """decode_tasks for a tensor on another device, by torch's own operations there."""
+    code = TorchCode(scalar_code(reader, tensor), result.device)
+
+    def decode(chunk: CodeChunk) -> None:
         result[chunk.start : chunk.start + chunk.count] = code.dequantize(chunk)
-    return result.reshape(tensor.shape)
+
+    for chunk in code_chunks(reader, tensor):
+        yield partial(decode, chunk)

@@ -1,0 +1,270 @@
+"""Sixteen float32, uint32 or boolean lanes as values inside numba functions.
+
+A loop over table look-ups or butterflies is beyond LLVM's vectoriser; written with these values it needs
+none. Every operation is generic LLVM IR, which any CPU can run with the same bits: sixteen lanes are one
+register with AVX-512, two with AVX2, four with NEON. Only `take` has a second form, for AVX-512, where a
+look-up in a table of 32 is one instruction.
+
+Arithmetic is IEEE float32 in the order written: no contraction to fused multiply-add, no reassociation.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from llvmlite import ir
+from numba import extending
+from numba.core import cgutils, types
+from numba.core.codegen import get_host_cpu_features
+from numba.core.config import CPU_FEATURES
+from numba.core.datamodel import PrimitiveModel
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+
+LANES = 16
+
+_WORD: Any = ir.IntType(32)
+intrinsic = extending.intrinsic
+_Emit = Callable[..., Any]
+
+
+class VectorType(types.Type):
+    """The numba type of a vector of LANES lanes of one LLVM type."""
+
+    def __init__(self, name: str, lane: Any) -> None:
+        self.llvm = ir.VectorType(lane, LANES)
+        super().__init__(name)
+
+
+@extending.register_model(VectorType)
+class _VectorModel(PrimitiveModel):
+    def __init__(self, manager: Any, fe_type: VectorType) -> None:
+        super().__init__(manager, fe_type, fe_type.llvm)
+
+
+F32 = VectorType("f32x16", ir.FloatType())
+U32 = VectorType("u32x16", _WORD)
+MASK = VectorType("mask16", ir.IntType(1))
+
+
+def _define(op: Callable[..., Any], operands: tuple[VectorType, VectorType], result: VectorType, emit: _Emit) -> None:
+    """Let a Python operator on two vectors become one LLVM instruction."""
+
+    class Template(ConcreteTemplate):
+        cases: ClassVar = [signature(result, *operands)]
+
+    infer_global(op)(Template)
+    extending.lower_builtin(op, *operands)(lambda context, builder, sig, args: emit(builder, *args))
+
+
+def _define_operators() -> None:
+    arithmetic = {operator.add: "fadd", operator.sub: "fsub", operator.mul: "fmul", operator.truediv: "fdiv"}
+    for op, name in arithmetic.items():
+        _define(op, (F32, F32), F32, lambda builder, a, b, name=name: getattr(builder, name)(a, b))
+    integer = {
+        operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.and_: "and_", operator.or_: "or_",
+        operator.lshift: "shl", operator.rshift: "lshr",
+    }  # fmt: skip
+    for op, name in integer.items():
+        _define(op, (U32, U32), U32, lambda builder, a, b, name=name: getattr(builder, name)(a, b))
+    for op, sign in ((operator.gt, ">"), (operator.ge, ">="), (operator.lt, "<")):
+        _define(op, (F32, F32), MASK, lambda builder, a, b, sign=sign: builder.fcmp_ordered(sign, a, b))
+        _define(op, (U32, U32), MASK, lambda builder, a, b, sign=sign: builder.icmp_unsigned(sign, a, b))
+
+
+_define_operators()
+
+
+def _lanes(values: Sequence[int]) -> Any:
+    return ir.Constant(ir.VectorType(_WORD, len(values)), list(values))
+
+
+@intrinsic
+def splat(typing_context: Any, value: Any) -> Any:
+    """All lanes `value`: a float32 gives F32, an integer U32."""
+    result = F32 if value == types.float32 else U32
+    if result is U32 and not isinstance(value, types.Integer):
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lane = args[0] if result is F32 else context.cast(builder, args[0], value, types.uint32)
+        vector = builder.insert_element(ir.Constant(result.llvm, ir.Undefined), lane, ir.Constant(_WORD, 0))
+        return builder.shuffle_vector(vector, vector, _lanes([0] * LANES))
+
+    return result(value), codegen
+
+
+def _is_flat(array: Any) -> bool:
+    return isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C"
+
+
+def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    return context.make_array(kind)(context, builder, array).data
+
+
+@intrinsic
+def load(typing_context: Any, array: Any, start: Any) -> Any:
+    """Items start..start+15 of a flat array: float32 as F32, unsigned integers widened to U32. Unchecked."""
+    if not _is_flat(array):
+        return None
+    bits = array.dtype.bitwidth
+    result = F32 if array.dtype == types.float32 else U32
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        stored = F32.llvm if result is F32 else ir.VectorType(ir.IntType(bits), LANES)
+        place = builder.gep(_data(context, builder, array, args[0]), [args[1]])
+        vector = builder.load(builder.bitcast(place, stored.as_pointer()), align=bits // 8)
+        return vector if bits == 32 else builder.zext(vector, result.llvm)
+
+    return result(array, types.intp), codegen
+
+
+@intrinsic
+def store(typing_context: Any, array: Any, start: Any, vector: Any) -> Any:
+    """Write a U32 to items start..start+15 of a flat array of unsigned integers, each cut to its width. Unchecked."""
+    if not _is_flat(array) or vector is not U32 or not isinstance(array.dtype, types.Integer):
+        return None
+    bits = array.dtype.bitwidth
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        stored = ir.VectorType(ir.IntType(bits), LANES)
+        value = args[2] if bits == 32 else builder.trunc(args[2], stored)
+        place = builder.gep(_data(context, builder, array, args[0]), [args[1]])
+        builder.store(value, builder.bitcast(place, stored.as_pointer()), align=bits // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), codegen
+
+
+@intrinsic
+def load_word(typing_context: Any, array: Any, start: Any) -> Any:
+    """Bytes start..start+7 of a flat uint8 array as one uint64, little-endian. Unchecked."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place = builder.gep(_data(context, builder, array, args[0]), [args[1]])
+        return builder.load(builder.bitcast(place, ir.IntType(64).as_pointer()), align=1)
+
+    return (types.uint64(array, types.intp), codegen) if _is_flat(array) and array.dtype == types.uint8 else None
+
+
+@intrinsic
+def store_word(typing_context: Any, array: Any, start: Any, word: Any) -> Any:
+    """Write a uint64 to bytes start..start+7 of a flat uint8 array, little-endian. Unchecked."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place = builder.gep(_data(context, builder, array, args[0]), [args[1]])
+        builder.store(args[2], builder.bitcast(place, ir.IntType(64).as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    good = _is_flat(array) and array.dtype == types.uint8 and word == types.uint64
+    return (types.void(array, types.intp, word), codegen) if good else None
+
+
+@intrinsic
+def select(typing_context: Any, mask: Any, a: Any, b: Any) -> Any:
+    """Lane by lane `a` where `mask`, else `b`."""
+    if mask is not MASK or a is not b:
+        return None
+    return a(mask, a, b), lambda context, builder, sig, args: builder.select(*args)
+
+
+@intrinsic
+def ones(typing_context: Any, mask: Any) -> Any:
+    """U32 of 1 where `mask`, else 0."""
+    return U32(MASK), lambda context, builder, sig, args: builder.zext(args[0], U32.llvm)
+
+
+@intrinsic
+def as_bits(typing_context: Any, vector: Any) -> Any:
+    """The bit patterns of an F32 as U32."""
+    return U32(F32), lambda context, builder, sig, args: builder.bitcast(args[0], U32.llvm)
+
+
+@intrinsic
+def as_floats(typing_context: Any, vector: Any) -> Any:
+    """The F32 of bit patterns."""
+    return F32(U32), lambda context, builder, sig, args: builder.bitcast(args[0], F32.llvm)
+
+
+@intrinsic
+def evens(typing_context: Any, a: Any, b: Any) -> Any:
+    """Items 0, 2, 4, ... of the 32 in `a` and `b`."""
+    return a(a, b), lambda context, builder, sig, args: builder.shuffle_vector(*args, _lanes(range(0, 2 * LANES, 2)))
+
+
+@intrinsic
+def odds(typing_context: Any, a: Any, b: Any) -> Any:
+    """Items 1, 3, 5, ... of the 32 in `a` and `b`."""
+    return a(a, b), lambda context, builder, sig, args: builder.shuffle_vector(*args, _lanes(range(1, 2 * LANES, 2)))
+
+
+@intrinsic
+def first(typing_context: Any, vector: Any) -> Any:
+    """Lane 0: a float32 or uint32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.extract_element(args[0], ir.Constant(_WORD, 0))
+
+    return (types.float32 if vector is F32 else types.uint32)(vector), codegen
+
+
+@intrinsic
+def fold(typing_context: Any, vector: Any) -> Any:
+    """The sum of all lanes as a tree: the upper half is added to the lower half, four times."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total, width = args[0], LANES
+        while width > 1:
+            width //= 2
+            low = builder.shuffle_vector(total, total, _lanes(range(width)))
+            high = builder.shuffle_vector(total, total, _lanes(range(width, 2 * width)))
+            total = builder.fadd(low, high) if vector is F32 else builder.add(low, high)
+        return builder.extract_element(total, ir.Constant(_WORD, 0))
+
+    return (types.float32 if vector is F32 else types.uint32)(vector), codegen
+
+
+def _permutes_tables() -> bool:
+    """Whether the CPU that numba compiles for looks up 32 floats in registers."""
+    features = get_host_cpu_features() if CPU_FEATURES is None else CPU_FEATURES
+    return "+avx512f" in features.split(",")
+
+
+@intrinsic
+def take(typing_context: Any, table: Any, index: Any) -> Any:
+    """Look up `index`, each lane below 16 * len(table), in the rows of 16 float32 of `table`: a tuple of an even
+    number of arrays, which must be the rows of one contiguous array. Unchecked."""
+    if not isinstance(table, types.UniTuple) or not _is_flat(table.dtype) or len(table) % 2:
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        rows = cgutils.unpack_tuple(builder, args[0], len(table))
+        places = [_data(context, builder, table.dtype, row) for row in rows]
+        emit = _take_permuting if _permutes_tables() else _take_loading
+        return emit(builder, places, args[1])
+
+    return F32(table, index), codegen
+
+
+def _take_permuting(builder: Any, places: list[Any], index: Any) -> Any:
+    rows = [builder.load(builder.bitcast(place, F32.llvm.as_pointer()), align=4) for place in places]
+    kind = ir.FunctionType(F32.llvm, [F32.llvm, U32.llvm, F32.llvm])
+    permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpermi2var.ps.512")
+    # the instruction looks at the low five bits of each index; the higher ones choose among its results
+    found = [builder.call(permute, [rows[i], index, rows[i + 1]]) for i in range(0, len(rows), 2)]
+    bit = 32
+    while len(found) > 1:
+        is_set = builder.icmp_unsigned("!=", builder.and_(index, _lanes([bit] * LANES)), _lanes([0] * LANES))
+        found = [builder.select(is_set, found[i + 1], found[i]) for i in range(0, len(found), 2)]
+        bit *= 2
+    return found[0]
+
+
+def _take_loading(builder: Any, places: list[Any], index: Any) -> Any:
+    vector = ir.Constant(F32.llvm, ir.Undefined)
+    for i in range(LANES):
+        lane = ir.Constant(_WORD, i)
+        item = builder.load(builder.gep(places[0], [builder.extract_element(index, lane)]))
+        vector = builder.insert_element(vector, item, lane)
+    return vector
