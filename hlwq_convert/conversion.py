@@ -1,8 +1,9 @@
-"""A whole model: plan -> read -> quantize -> write, one tensor after the other, its chunks in parallel."""
+"""A whole model: plan -> survey -> encode -> write -> check, tensors in file order, their chunks in parallel."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -32,7 +33,7 @@ from .source import Source, open_source
 from .store import Run, write_tensors
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, bytes done, bytes in all)."""
+"""Called with (stage, bytes done, bytes in all); (stage, 0, 0) for one whose end is not known."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def run(
     source, model = job.source, job.source.model
     check_output_place(out, source)
     workers = workers or default_workers()
+    compile_kernels(job, progress)
     total = sum(tensor.length for tensor in source.tensors)
     with (
         Writer(out, overwrite=overwrite, reserve=_upper_bound(job)) as writer,
@@ -147,6 +149,28 @@ def run(
 
         writer.finish(metadata, verify)
     return msgspec.structs.replace(inspections[0], file=printable(os.fspath(out)), warnings=job.warnings)
+
+
+def compile_kernels(job: Job, progress: Progress | None = None) -> float:
+    """Make ready the machine code that the job needs and return the seconds that took: some, the first time on a
+    machine, and almost none when it is there. `run` does it too, when it was not done."""
+    codes = {(t.dtype, bits) for t in job.source.tensors if (bits := job.choices[t.name].bits) is not None}
+    if not codes:
+        return 0.0
+    from .kernels.warm_up import warm_up
+
+    # said only when it takes long enough for someone to wonder
+    notice = threading.Timer(1.0, progress or _ignore, ("compiling kernels", 0, 0))
+    notice.daemon = True
+    notice.start()
+    try:
+        return warm_up(sorted(codes))
+    finally:
+        notice.cancel()
+
+
+def _ignore(stage: str, done: int, total: int) -> None:
+    pass
 
 
 def make_metadata(job: Job, signs: md.Section, tensors: list[md.Tensor], assets: list[md.Asset]) -> md.Metadata:

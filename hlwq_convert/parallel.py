@@ -25,7 +25,7 @@ def default_workers() -> int:
 def _cgroup_quota(membership: Path, root: Path) -> float | None:
     """CPUs that the control groups of a process allow it (version 1 or 2), None without a limit."""
     found = []
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
         for line in membership.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "":
@@ -38,7 +38,7 @@ def _cgroup_quota(membership: Path, root: Path) -> float | None:
             # a container may see its own group as the root: every ancestor that is there counts
             for folder in (group, *group.parents):
                 if folder == base or base in folder.parents:
-                    with contextlib.suppress(OSError, ValueError):
+                    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
                         found.append(read(folder))
     return min((quota for quota in found if quota is not None and quota > 0), default=None)
 

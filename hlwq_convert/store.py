@@ -63,7 +63,7 @@ def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Choice]]) -> I
     def look(item: tuple[SourceTensor, Choice]) -> Surveyed:
         return survey(run.model, *item, run.effort, run.nonfinite, run.stop)
 
-    surveyed = ordered_map(run.pool, run.workers + 1, look, tensors)
+    surveyed = ordered_map(run.pool, 2 * run.workers + 2, look, tensors)
     tasks = (partial(_read_piece, run.model, of, *place) for of in surveyed for place in _places(of))
     pieces = ordered_map(run.pool, 2 * run.workers, call, tasks)
     for of, group in groupby(pieces, key=lambda piece: piece.of):

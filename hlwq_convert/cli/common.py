@@ -128,8 +128,11 @@ class ProgressLine:
         self._task: Any = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Take note that `done` of `total` bytes of a stage are done."""
+        """Take note that `done` of `total` bytes of a stage are done; a total of 0 announces the stage alone."""
         if self._quiet:
+            return
+        if total == 0:
+            print(f"hlwq: {stage} ...", file=sys.stderr)
             return
         if stage != self._stage:
             self._stage, self._began, self._said = stage, time.monotonic(), time.monotonic()

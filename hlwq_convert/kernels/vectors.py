@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 from llvmlite import ir
 from numba import extending
-from numba.core import cgutils, types
+from numba.core import cgutils
+from numba.core import types as numba_types
 from numba.core.codegen import get_host_cpu_features
 from numba.core.config import CPU_FEATURES
 from numba.core.datamodel import PrimitiveModel
@@ -24,12 +25,13 @@ from numba.core.typing.templates import ConcreteTemplate, infer_global, signatur
 
 LANES = 16
 
+types: Any = numba_types  # made at run time for the most part
 _WORD: Any = ir.IntType(32)
 intrinsic = extending.intrinsic
 _Emit = Callable[..., Any]
 
 
-class VectorType(types.Type):
+class VectorType(numba_types.Type):
     """The numba type of a vector of LANES lanes of one LLVM type."""
 
     def __init__(self, name: str, lane: Any) -> None:
