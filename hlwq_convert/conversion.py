@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,18 +14,21 @@ from typing import Literal
 import msgspec
 
 from hlwq_formats import metadata as md
-from hlwq_formats.errors import CannotCreate, Usage, escape
+from hlwq_formats.errors import CannotCreate, HlwqError, Usage, escape
 from hlwq_formats.layout import scalar_lengths
 from hlwq_formats.reader import Reader
+from hlwq_formats.safetensors_dir import SourceTensor
 from hlwq_formats.sections import zstd_version
 from hlwq_formats.writer import Writer
 
 from . import __version__
 from .duplicates import find_duplicates
 from .inspection import Inspection, Report, inspect_reader, printable
+from .journal import Done, Journal
 from .parallel import default_workers
 from .plan import Choice, plan
 from .recipe import make_recipe
+from .resume import Planned, fingerprint, load_earlier, still_good
 from .rotate import SIGN_BYTES
 from .scalar import Effort
 from .self_check import self_check
@@ -79,6 +82,7 @@ def convert(
     effort: Effort = "default",
     workers: int | None = None,
     overwrite: bool = False,
+    resume: bool = True,
     nonfinite: Literal["error", "raw"] = "error",
     passthrough: bool = False,
     progress: Progress | None = None,
@@ -87,10 +91,11 @@ def convert(
 
     `bits` (2..8, default 5) or `recipe`, and `sets` ("REGEX=BITS" or "REGEX=raw"), choose the width of each
     tensor. The file appears whole or not at all, and its bytes depend on the model, these options and the
-    versions alone. Raises an HlwqError for everything that can go wrong.
+    versions alone. A conversion that was killed or interrupted is continued, unless `resume` is False.
+    Raises an HlwqError for everything that can go wrong.
     """
     job = prepare(src, bits, recipe=recipe, sets=sets, effort=effort, passthrough=passthrough)
-    return run(job, out, workers=workers, overwrite=overwrite, nonfinite=nonfinite, progress=progress)
+    return run(job, out, workers=workers, overwrite=overwrite, resume=resume, nonfinite=nonfinite, progress=progress)
 
 
 def run(
@@ -99,6 +104,7 @@ def run(
     *,
     workers: int | None = None,
     overwrite: bool = False,
+    resume: bool = True,
     nonfinite: Literal["error", "raw"] = "error",
     progress: Progress | None = None,
 ) -> Inspection:
@@ -113,42 +119,76 @@ def run(
     compile_kernels(job, progress)
     total = sum(tensor.length for tensor in source.tensors)
     with (
-        Writer(out, overwrite=overwrite, reserve=_upper_bound(job)) as writer,
+        Writer(out, overwrite=overwrite, reserve=_upper_bound(job), resume=resume) as writer,
         ThreadPoolExecutor(workers, "hlwq") as pool,
-        ExitStack() as stack,
     ):
         step = _stepper(progress, "converting", total)
         run = Run(model, writer, pool, workers, job.recipe.effort, nonfinite, step)
-        stack.callback(run.stop.set)
         aliases = find_duplicates(model, source.tensors)
         job.warnings.extend(tie_warnings(job, aliases))
         choices = merge_choices(job.choices, aliases)
+        planned = [(t, choices[t.name]) for t in source.tensors if t.name not in aliases]
+        journal = Journal(writer.part, fingerprint(source, job.recipe, planned, nonfinite))
+        try:
+            earlier, problem = load_earlier(writer, journal)
+            if problem is not None:
+                job.warnings.append(f"{printable(writer.part)} could not be resumed: {problem}")
+            signs = writer.write_section("signs", SIGN_BYTES)
+            done = still_good(writer, earlier, model, planned, pool, 2 * workers)
+            if earlier:
+                journal.resume(len(done))
+            stored = _store(run, journal, planned, done)
+            tensors = [_alias(t, aliases[t.name]) if t.name in aliases else next(stored) for t in source.tensors]
+            assets = [
+                md.Asset(name, [writer.write_section("asset", source.read_asset(name), compress=True)])
+                for name, _ in source.assets
+            ]
+            report = writer.write_section("asset", md.encode(Report(run.report)), compress=True)
+            assets.append(md.Asset(md.REPORT, [report]))
+            model.check_unchanged()
+            metadata = make_metadata(job, signs, tensors, assets)
+            inspections = []
 
-        signs = writer.write_section("signs", SIGN_BYTES)
-        stored = write_tensors(run, [(t, choices[t.name]) for t in source.tensors if t.name not in aliases])
-        tensors: list[md.Tensor] = []
-        for tensor in source.tensors:
-            if (target := aliases.get(tensor.name)) is not None:
-                tensors.append(md.AliasTensor(tensor.name, tensor.dtype, list(tensor.shape), target))
-                step(tensor.length)
+            def verify(reader: Reader) -> None:
+                self_check(reader, run.checksums, pool, 2 * workers, _stepper(progress, "checking", total))
+                inspections.append(inspect_reader(reader))  # here: nothing may fail after the file is published
+
+            writer.finish(metadata, verify)
+        except BaseException as error:
+            run.stop.set()
+            if isinstance(error, Exception) or not journal.begun:
+                journal.discard()
             else:
-                tensors.append(next(stored))
-        assets = [
-            md.Asset(name, [writer.write_section("asset", source.read_asset(name), compress=True)])
-            for name, _ in source.assets
-        ]
-        report = writer.write_section("asset", md.encode(Report(run.report)), compress=True)
-        assets.append(md.Asset(md.REPORT, [report]))
-        model.check_unchanged()
-        metadata = make_metadata(job, signs, tensors, assets)
-        inspections = []
-
-        def verify(reader: Reader) -> None:
-            self_check(reader, run.checksums, pool, 2 * workers, _stepper(progress, "checking", total))
-            inspections.append(inspect_reader(reader))  # here, so that nothing can fail after the file is published
-
-        writer.finish(metadata, verify)
+                writer.keep = True
+                with suppress(HlwqError):  # the last checkpoint stands whether or not another can be made
+                    writer.flush()
+                    journal.checkpoint()
+            raise
+        journal.discard()
     return msgspec.structs.replace(inspections[0], file=printable(os.fspath(out)), warnings=job.warnings)
+
+
+def _store(run: Run, journal: Journal, planned: Planned, done: list[Done]) -> Iterator[md.Tensor]:
+    """Yield the entries of all stored tensors in order, those of an earlier run first; now and then a checkpoint."""
+    for item in done:
+        for section in item.tensor.sections:
+            run.writer.open_section(section.kind, section.length)
+        if item.report is not None:
+            run.report.append(item.report)
+            run.checksums[item.tensor.name] = item.checksums
+        yield item.tensor
+    run.step(sum(tensor.length for tensor, _ in planned[: len(done)]))
+    rest = planned[len(done) :]
+    for (tensor, _), entry in zip(rest, write_tensors(run, rest), strict=True):
+        checksums = run.checksums.get(tensor.name, [])
+        if journal.note(Done(entry, run.report[-1] if checksums else None, checksums), tensor.length):
+            run.writer.flush()
+            journal.checkpoint()
+        yield entry
+
+
+def _alias(tensor: SourceTensor, of: str) -> md.AliasTensor:
+    return md.AliasTensor(tensor.name, tensor.dtype, list(tensor.shape), of)
 
 
 def compile_kernels(job: Job, progress: Progress | None = None) -> float:

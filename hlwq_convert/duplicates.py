@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable
 
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 
-READ = 4 << 20
+READ = 1 << 20
 _PROBE = 4096
 
 
@@ -18,7 +18,7 @@ def find_duplicates(model: ModelDir, tensors: Iterable[SourceTensor]) -> dict[st
     Only tensors that agree in dtype, shape and their first and last 4 KiB are read whole.
     """
     groups = [list(tensors)]
-    for key in (_kind, lambda t: _probe(model, t), lambda t: _digest(model, t)):
+    for key in (_kind, lambda t: _probe(model, t), lambda t: digest_of(model, t)):
         groups = [part for group in groups for part in _split(group, key)]
     return {twin.name: group[0].name for group in groups for twin in group[1:]}
 
@@ -40,8 +40,10 @@ def _probe(model: ModelDir, tensor: SourceTensor) -> Hashable:
     return model.read(tensor, 0, size), model.read(tensor, tensor.length - size, size)
 
 
-def _digest(model: ModelDir, tensor: SourceTensor) -> Hashable:
+def digest_of(model: ModelDir, tensor: SourceTensor) -> str:
+    """SHA-256 of a tensor's bytes, in hexadecimal."""
     digest = hashlib.sha256()
-    for start in range(0, tensor.length, READ):
-        digest.update(model.read(tensor, start, min(READ, tensor.length - start)))
-    return digest.digest()
+    places = ((start, min(READ, tensor.length - start)) for start in range(0, tensor.length, READ))
+    for piece in model.read_pieces(tensor, places):
+        digest.update(piece)
+    return digest.hexdigest()

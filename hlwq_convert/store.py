@@ -57,7 +57,7 @@ class CannotDecode(Exception):
     """A tensor at an end of the float range: its decoding would overflow, or all of it vanish."""
 
 
-def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Choice]]) -> Iterator[md.Tensor]:
+def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Choice]]) -> Iterator[md.RawTensor | md.ScalarTensor]:
     """Store tensors in the given order and yield their entries."""
 
     def look(item: tuple[SourceTensor, Choice]) -> Surveyed:
@@ -86,7 +86,7 @@ def _read_piece(model: ModelDir, of: Surveyed, start: int, length: int) -> Piece
     return Piece(of, length, raw)
 
 
-def _write_tensor(run: Run, of: Surveyed, pieces: Iterable[Piece]) -> md.Tensor:
+def _write_tensor(run: Run, of: Surveyed, pieces: Iterable[Piece]) -> md.RawTensor | md.ScalarTensor:
     """Store one tensor as chosen, or raw where it cannot be quantized."""
     if of.code is None:
         return _write_raw(run, of, pieces)

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from hlwq_formats import errors
 from hlwq_formats import metadata as md
-from hlwq_formats.atomic import AtomicFile, rename_new
+from hlwq_formats.atomic import AtomicFile
+from hlwq_formats.file_ops import OPS
 from hlwq_formats.layout import MAGIC, decode_header
 from hlwq_formats.reader import Reader
 from hlwq_formats.writer import Writer
@@ -519,10 +520,10 @@ def test_renaming_refuses_to_replace(tmp_path: Path, monkeypatch: pytest.MonkeyP
     source.write_bytes(b"new")
     target.write_bytes(DEAR)
     with pytest.raises(FileExistsError):
-        rename_new(str(source), str(target))
+        OPS.rename_new(str(source), str(target))
     assert (source.read_bytes(), target.read_bytes()) == (b"new", DEAR)
     target.unlink()
-    rename_new(str(source), str(target))
+    OPS.rename_new(str(source), str(target))
     assert target.read_bytes() == b"new"
     assert only(tmp_path, "target")
 

@@ -2,24 +2,21 @@
 
 Everything is written to OUT.part beside OUT, under a lock on OUT.part itself, and renamed at the end. The
 lock is taken on the open file, so it needs no third file and ends with the process, however that ends.
-A leftover of a dead process is unlinked and never truncated: it may be a hard link to something dear.
+A leftover of a dead process is continued, when that is asked for and it has no other name, or else unlinked;
+it is never truncated: it may be a hard link to something dear.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import stat
-import sys
 from types import TracebackType
 
 from .errors import CannotCreate, HlwqError, IoFailure, Locked
+from .file_ops import OPS
 
-_RENAME_NOREPLACE = 1
-_RENAME_EXCL = 4
-_AT_FDCWD = -100
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -46,29 +43,45 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
 
 
 class AtomicFile:
-    """OUT.part, open for writing by position, until `publish` or `abandon`."""
+    """OUT.part, open for reading and writing by position, until `publish`, `abandon` or `leave`.
 
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    With `resume` a leftover of a dead process is opened as it is and `resumed` is True.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool, resume: bool = False) -> None:
         check_destination(path, overwrite=overwrite)
         self.path = os.fspath(path)
         self.part = self.path + ".part"
         self._overwrite = overwrite
-        self._fd = self._create_locked()
+        self.resumed = False
+        self._fd = self._open_locked(resume)
 
-    def _create_locked(self) -> int:
-        import fcntl  # not on Windows, which only reads
+    def restart(self) -> None:
+        """Throw away what a resumed file holds and begin a new one."""
+        try:
+            OPS.unlink(self.part)
+        except OSError as error:
+            raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
+        self._close()
+        self.resumed = False
+        self._fd = self._open_locked(False)
 
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    def _open_locked(self, resume: bool) -> int:
         for _ in range(8):  # every round but the first follows a race with another process
-            self._unlink_stale()
+            stale = self._lock_stale()
+            if stale is not None:
+                if resume and os.fstat(stale).st_nlink == 1:
+                    self.resumed = True
+                    return stale
+                self._unlink_stale(stale)
             try:
-                fd = os.open(self.part, flags, 0o666)
+                fd = OPS.open(self.part, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             except FileExistsError:
                 continue
             except OSError as error:
                 raise _cannot_create(self.part, error) from None
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                OPS.lock(fd)
                 if self._is_ours(fd):
                     return fd
             except BlockingIOError:
@@ -76,33 +89,47 @@ class AtomicFile:
             except OSError as error:  # a file system without locks: O_EXCL still lets one of us in
                 if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                     return fd
-                os.close(fd)
+                with contextlib.suppress(OSError):
+                    if self._is_ours(fd):
+                        OPS.unlink(self.part)
+                OPS.close(fd)
                 raise _cannot_create(self.part, error) from None
-            os.close(fd)
+            OPS.close(fd)
         raise self._locked()
 
-    def _unlink_stale(self) -> None:
-        """Remove the .part of a process that died; Locked when its process lives."""
-        import fcntl
-
+    def _lock_stale(self) -> int | None:
+        """The .part of a process that died, locked by us; None when there is none, Locked when its process lives."""
         try:
-            fd = os.open(self.part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = OPS.open(self.part, os.O_RDWR | os.O_NONBLOCK)
         except FileNotFoundError:
-            return
+            return None
         except OSError as error:
             raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise CannotCreate("exists and is not a regular file", file=self.part, hint="remove it")
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            OPS.lock(fd)
             if self._is_ours(fd):
-                os.unlink(self.part)
+                return fd
         except BlockingIOError:
+            OPS.close(fd)
             raise self._locked() from None
+        except OSError as error:
+            OPS.close(fd)
+            raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
+        except BaseException:
+            OPS.close(fd)
+            raise
+        OPS.close(fd)
+        return None
+
+    def _unlink_stale(self, fd: int) -> None:
+        try:
+            OPS.unlink(self.part)
         except OSError as error:
             raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
         finally:
-            os.close(fd)
+            OPS.close(fd)
 
     def _is_ours(self, fd: int) -> bool:
         """Whether the path still leads to the file that we hold the lock of."""
@@ -119,7 +146,7 @@ class AtomicFile:
         if not hasattr(os, "posix_fallocate") or size == 0:
             return
         try:
-            os.posix_fallocate(self._fd, 0, size)
+            OPS.reserve(self._fd, size)
         except OSError as error:
             if error.errno in _FULL:
                 raise self._failed(error, size) from None
@@ -130,18 +157,25 @@ class AtomicFile:
         view = memoryview(data)
         try:
             while view:
-                written = os.pwrite(self._fd, view, offset)
+                written = OPS.write(self._fd, view, offset)
                 offset += written
                 view = view[written:]
         except OSError as error:
             raise self._failed(error, offset + len(view)) from None
 
+    def read(self, offset: int, length: int) -> bytes:
+        """What stands at `offset`; shorter at the end of the file."""
+        try:
+            return os.pread(self._fd, length, offset)
+        except OSError as error:
+            raise self._failed(error, 0) from None
+
     def sync(self, size: int | None = None) -> None:
         """Force everything to disk, cutting the file to `size` first. A failed fsync is final."""
         try:
             if size is not None:
-                os.ftruncate(self._fd, size)
-            os.fsync(self._fd)
+                OPS.truncate(self._fd, size)
+            OPS.sync(self._fd)
         except OSError as error:
             raise self._failed(error, size or 0) from None
 
@@ -150,20 +184,20 @@ class AtomicFile:
         try:
             if self._overwrite:
                 check_destination(self.path, overwrite=True)
-                os.replace(self.part, self.path)
+                OPS.replace(self.part, self.path)
             else:
-                rename_new(self.part, self.path)
+                OPS.rename_new(self.part, self.path)
         except FileExistsError:
             raise CannotCreate("appeared while the conversion ran", file=self.path) from None
         except OSError as error:
             raise _cannot_create(self.path, error) from None
         self._close()
         try:
-            folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_CLOEXEC)
+            folder = OPS.open(os.path.dirname(self.path) or ".", os.O_RDONLY)
             try:
-                os.fsync(folder)
+                OPS.sync(folder)
             finally:
-                os.close(folder)
+                OPS.close(folder)
         except OSError as error:
             raise IoFailure(
                 f"published, but whether it survives a power cut is unconfirmed: {error.strerror}", file=self.path
@@ -174,12 +208,16 @@ class AtomicFile:
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 if self._is_ours(self._fd):
-                    os.unlink(self.part)
+                    OPS.unlink(self.part)
             self._close()
+
+    def leave(self) -> None:
+        """Close and keep OUT.part for a later run to resume."""
+        self._close()
 
     def _close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
+            OPS.close(self._fd)
             self._fd = -1
 
     def _failed(self, error: OSError, needed: int) -> HlwqError:
@@ -200,26 +238,6 @@ class AtomicFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abandon()
-
-
-def rename_new(source: str, target: str) -> None:
-    """Rename within a folder, failing with FileExistsError rather than replacing `target`."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    names = os.fsencode(source), os.fsencode(target)
-    if sys.platform == "darwin":
-        result = libc.renamex_np(*names, ctypes.c_uint(_RENAME_EXCL))
-    elif hasattr(libc, "renameat2"):
-        result = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_NOREPLACE))
-    else:
-        result = -1
-        ctypes.set_errno(errno.ENOSYS)
-    if result == 0:
-        return
-    code = ctypes.get_errno()
-    if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        raise OSError(code, os.strerror(code), target)
-    os.link(source, target)  # the file system lacks the flag: a link cannot replace either
-    os.unlink(source)
 
 
 def _cannot_create(path: str, error: OSError | ValueError) -> CannotCreate:

@@ -18,6 +18,8 @@ from .layout import HEADER_LEN, align, make_header, place_sections
 from .reader import Reader
 from .sections import make_section
 
+_PIECE = 1 << 20
+
 
 class SectionWriter:
     """One section of known length at a known place, written front to back and hashed on the way."""
@@ -46,21 +48,52 @@ class SectionWriter:
 
 
 class Writer:
-    """A container in the making. Leaving the `with` before `finish` has returned removes what was written.
+    """A container in the making. Leaving the `with` before `finish` has returned removes what was written, or with
+    `keep` set, by an interrupt, leaves it as OUT.part for a later run to resume.
 
     Sections must be opened in the order of the file: signs, tensors by name with their kinds in order,
-    assets by name.
+    assets by name. With `resume`, an OUT.part of a dead process is continued: `resumed` tells, and `holds` which of
+    its sections are good.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, reserve: int = 0) -> None:
-        self._file = AtomicFile(path, overwrite=overwrite)
+    def __init__(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, reserve: int = 0, resume: bool = False
+    ) -> None:
+        self._file = AtomicFile(path, overwrite=overwrite, resume=resume)
+        self._reserve = reserve
+        self.part = self._file.part
         self.position = HEADER_LEN
+        self.keep = False
+        self._begin()
+
+    def _begin(self) -> None:
         try:
-            self._file.reserve(reserve)
+            self._file.reserve(self._reserve)
             self._file.write(0, bytes(HEADER_LEN))
         except BaseException:
             self._file.abandon()
             raise
+
+    @property
+    def resumed(self) -> bool:
+        """Whether OUT.part was there."""
+        return self._file.resumed
+
+    def restart(self) -> None:
+        """Throw away what is resumed and begin anew."""
+        self._file.restart()
+        self._begin()
+
+    def holds(self, section: md.Section, offset: int) -> bool:
+        """Whether the bytes at `offset` are this section's."""
+        digest = hashlib.sha256()
+        for start in range(0, section.length, _PIECE):
+            digest.update(self._file.read(offset + start, min(_PIECE, section.length - start)))
+        return digest.hexdigest() == section.sha256
+
+    def flush(self) -> None:
+        """Force what was written to disk."""
+        self._file.sync()
 
     def open_section(self, kind: md.Kind, length: int) -> SectionWriter:
         """Take the next place for a section of `length` bytes. Several may be open at once."""
@@ -110,4 +143,7 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.abandon()
+        if self.keep and kind is not None and not issubclass(kind, Exception):
+            self._file.leave()
+        else:
+            self._file.abandon()

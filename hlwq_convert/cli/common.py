@@ -20,7 +20,7 @@ from hlwq_formats.errors import HlwqError, Internal, IoFailure, Usage, escape
 
 
 class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that what was begun is cleaned up."""
+    """SIGTERM or SIGHUP, as an exception, so that what was begun is cleaned up or left to be resumed."""
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +38,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_command(command: click.Command, program: str) -> NoReturn:
     """Run a command and exit with the status of DESIGN: one line on stderr for whatever went wrong."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _handle_signals(_interrupt)
     _repair_streams()
     debug = "--debug" in sys.argv[1:]
     try:
@@ -50,8 +50,8 @@ def run_command(command: click.Command, program: str) -> NoReturn:
         status = done.exit_code
     except KeyboardInterrupt:
         status = _fail("hlwq: interrupted", 130)
-    except _Terminated:
-        status = _fail("hlwq: terminated", 143)
+    except _Terminated as ended:
+        status = _fail("hlwq: terminated", 128 + ended.args[0])
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 141
@@ -68,11 +68,21 @@ def run_command(command: click.Command, program: str) -> NoReturn:
     except Exception as error:  # whatever is left is a bug of ours, and a user still gets one line
         problem = f"internal error: {type(error).__name__}: {escape(str(error))}"
         status = _report(Internal(problem, hint="please report it with the output of --debug"), debug)
+    _handle_signals(signal.SIG_IGN)  # all is done: a signal now must not turn it into a traceback
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+def _handle_signals(handler: Any) -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    _handle_signals(signal.SIG_IGN)  # a second one must not interrupt the clean-up
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise _Terminated(number)
 
 
 def _report(error: HlwqError, debug: bool) -> int:

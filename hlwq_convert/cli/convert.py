@@ -33,6 +33,7 @@ from .common import ProgressLine, common_options, print_json, print_warnings, ru
 )
 @click.option("--workers", "-j", type=click.IntRange(1), help="Threads.  [default: the CPUs this process may use]")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
+@click.option("--no-resume", is_flag=True, help="Begin anew instead of continuing an interrupted conversion.")
 @click.option(
     "--nonfinite",
     type=click.Choice(["error", "raw"]),
@@ -45,7 +46,7 @@ from .common import ProgressLine, common_options, print_json, print_warnings, ru
 @common_options
 def command(
     model_dir: str, output: str, as_json: bool, quiet: bool, debug: bool, dry_run: bool, workers: int | None,
-    overwrite: bool, nonfinite: Any, **options: Any,
+    overwrite: bool, no_resume: bool, nonfinite: Any, **options: Any,
 ) -> None:  # fmt: skip
     """Convert the Hugging Face model in MODEL_DIR into the file OUTPUT.
 
@@ -60,7 +61,10 @@ def command(
         return
     with ProgressLine(quiet=quiet) as progress:
         compiling = compile_kernels(job, progress)
-        inspection = run(job, output, workers=workers, overwrite=overwrite, nonfinite=nonfinite, progress=progress)
+        inspection = run(
+            job, output, workers=workers, overwrite=overwrite, resume=not no_resume, nonfinite=nonfinite,
+            progress=progress,
+        )  # fmt: skip
     seconds = time.monotonic() - began - compiling
     print_warnings(inspection.warnings, quiet=quiet)
     if as_json:

@@ -1,0 +1,32 @@
+"""Where the commands start: until there is anything to clean up, a signal just ends the process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import NoReturn
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"hlwq: interrupted\n" if number == signal.SIGINT else b"hlwq: terminated\n")
+    os._exit(128 + number)
+
+
+for _name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    if hasattr(signal, _name):
+        signal.signal(getattr(signal, _name), _end)
+
+
+def convert() -> NoReturn:
+    """hlwq-convert."""
+    from .convert import main
+
+    main()
+
+
+def inspect() -> NoReturn:
+    """hlwq-inspect."""
+    from .inspect import main
+
+    main()
