@@ -26,17 +26,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from models import write_model
 
 
-def make_model(folder: Path, rows: int) -> Path:
-    """Three matrices and a norm."""
+def make_model(folder: Path, rows: int, matrices: int) -> Path:
+    """Some matrices and a norm."""
     rng = np.random.default_rng(0)
-    shapes = {"a.weight": (rows, 80), "b.weight": (rows, 160), "m.norm.weight": (80,), "z.weight": (rows, 64)}
+    shapes: dict[str, tuple[int, ...]] = {f"{i:02d}.weight": (rows, 64 + 16 * i) for i in range(matrices)}
+    shapes["01.norm.weight"] = (80,)
     data = {name: rng.standard_normal(shape).astype(np.float32).tobytes() for name, shape in shapes.items()}
     return write_model(folder, {name: ("F32", shapes[name], data[name]) for name in shapes})
 
 
 def pairs(folder: Path) -> int:
     """Die at operation i, fail or die at operation j of the next run, for all i, j and modes; return how many."""
-    model = make_model(folder / "m", 64)
+    model = make_model(folder / "m", 64, 3)
     out = folder / "out" / "o.hlwq"
     out.parent.mkdir()
     fault = Fault()
@@ -62,7 +63,7 @@ def pairs(folder: Path) -> int:
 
 def kills(folder: Path, wanted: int) -> tuple[int, int]:
     """SIGKILL a child that converts, at a random moment, again and again; return kills and resumed conversions."""
-    model = make_model(folder / "m", 4000)
+    model = make_model(folder / "m", 10_000, 12)
     out = folder / "out" / "o.hlwq"
     out.parent.mkdir()
     h.convert(model, out)  # compiles, or loads what was compiled
