@@ -57,19 +57,20 @@ def prepare(
     sets: Sequence[str] = (),
     effort: Effort = "default",
     passthrough: bool = False,
+    allow_extra: bool = False,
 ) -> Job:
     """Read the headers of a model and decide how each tensor is stored; reads no weights."""
     sets = [sets] if isinstance(sets, str) else list(sets)
     combined = make_recipe(bits, recipe, sets, effort)
     if passthrough and (bits is not None or recipe is not None or sets):
         raise Usage("--passthrough keeps every tensor as it is: it takes no --bits, --recipe or --set")
-    source = open_source(src, passthrough=passthrough)
+    source = open_source(src, passthrough=passthrough, allow_extra=allow_extra)
     if passthrough:
         combined = md.Recipe(name=None, bits=None, effort=effort, rules=[])
         choices = {tensor.name: Choice(None, "passthrough") for tensor in source.tensors}
     else:
         choices = plan(source.tensors, combined, len(sets))
-    return Job(source, combined, choices, [])
+    return Job(source, combined, choices, list(source.model.warnings))
 
 
 def convert(
@@ -85,6 +86,8 @@ def convert(
     resume: bool = True,
     nonfinite: Literal["error", "raw"] = "error",
     passthrough: bool = False,
+    allow_extra: bool = False,
+    allow_inside_source: bool = False,
     progress: Progress | None = None,
 ) -> Inspection:
     """Convert a Hugging Face model directory into one .hlwq file and return what is in it.
@@ -106,6 +109,7 @@ def run(
     overwrite: bool = False,
     resume: bool = True,
     nonfinite: Literal["error", "raw"] = "error",
+    allow_inside_source: bool = False,
     progress: Progress | None = None,
 ) -> Inspection:
     """Carry out a prepared conversion; warnings are added to `job.warnings`."""
@@ -114,7 +118,7 @@ def run(
     if workers is not None and (type(workers) is not int or workers < 1):
         raise Usage(f"workers is {escape(str(workers))}, expected 1 or more")
     source, model = job.source, job.source.model
-    check_output_place(out, source)
+    check_output_place(out, source, allow_inside_source=allow_inside_source)
     workers = workers or default_workers()
     compile_kernels(job, progress)
     total = sum(tensor.length for tensor in source.tensors)
@@ -123,7 +127,7 @@ def run(
         ThreadPoolExecutor(workers, "hlwq") as pool,
     ):
         step = _stepper(progress, "converting", total)
-        run = Run(model, writer, pool, workers, job.recipe.effort, nonfinite, step)
+        run = Run(model, writer, pool, workers, job.recipe.effort, nonfinite, step, job.warnings)
         aliases = find_duplicates(model, source.tensors)
         job.warnings.extend(tie_warnings(job, aliases))
         choices = merge_choices(job.choices, aliases)
@@ -219,12 +223,14 @@ def make_metadata(job: Job, signs: md.Section, tensors: list[md.Tensor], assets:
     return md.Metadata(tensors, assets, signs, job.recipe, job.source.provenance, None, tool)
 
 
-def check_output_place(out: str | os.PathLike[str], source: Source) -> None:
-    """Refuse (CannotCreate) an output in the model directory, where the next conversion would read it."""
+def check_output_place(out: str | os.PathLike[str], source: Source, *, allow_inside_source: bool = False) -> None:
+    """Refuse (CannotCreate) an output that is a file of the model or, unless allowed, lies beside those."""
     root = os.path.realpath(source.model.path)
-    if Path(root) in Path(os.path.realpath(out)).parents:
+    if not allow_inside_source and Path(root) in Path(os.path.realpath(out)).parents:
         raise CannotCreate(
-            "the output lies inside the model directory", file=os.fspath(out), hint="choose another folder"
+            "the output lies inside the model directory",
+            file=os.fspath(out),
+            hint="choose another folder or pass --allow-inside-source",
         )
     for file, _ in source.model.files:
         if os.path.exists(out) and os.path.samefile(out, source.model.path / file):

@@ -9,7 +9,7 @@ import msgspec
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import ITEM_BITS
-from hlwq_formats.errors import BadMetadata, escape
+from hlwq_formats.errors import BadData, BadMetadata, escape
 from hlwq_formats.layout import HEADER_LEN, MAJOR, numel
 from hlwq_formats.reader import Reader
 
@@ -108,7 +108,18 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
 
 def inspect_reader(reader: Reader) -> Inspection:
     """As `inspect`, for a file that is open already."""
-    warnings = []
+    return _inspect(reader, _read_report(reader), [])
+
+
+def inspect_damaged(reader: Reader) -> Inspection:
+    """As `inspect_reader`, without the report where that is damaged."""
+    try:
+        return inspect_reader(reader)
+    except BadData as error:
+        return _inspect(reader, Report([]), [f"the report cannot be read: {error.problem}"])
+
+
+def _inspect(reader: Reader, report: Report, warnings: list[str]) -> Inspection:
     if reader.header.compat:
         warnings.append(f"compatible feature bits {reader.header.compat:#x} are unknown to this version and ignored")
     return describe(
@@ -119,7 +130,7 @@ def inspect_reader(reader: Reader) -> Inspection:
         metadata_bytes=reader.header.meta_len,
         file_id=reader.file_id,
         content_id=reader.content_id,
-        report=_read_report(reader),
+        report=report,
         warnings=warnings,
     )
 

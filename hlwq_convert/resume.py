@@ -74,12 +74,12 @@ def _match(earlier: list[Done], planned: Planned, position: int) -> Iterator[tup
     """Each journalled tensor with its source and where its sections begin, as long as they fit the plan."""
     for done, (tensor, choice) in zip(earlier, planned, strict=False):
         entry = done.tensor
-        lengths: dict[str, int] = {"raw": tensor.length}
+        lengths = {("raw", tensor.length)}
         if isinstance(entry, md.ScalarTensor) and choice.bits is not None:
-            lengths = {**scalar_lengths(tensor.numel, choice.bits)}
+            lengths = set(scalar_lengths(tensor.numel, choice.bits).items())
         if (entry.name, entry.dtype, tuple(entry.shape)) != (tensor.name, tensor.dtype, tensor.shape):
             return
-        if {section.kind: section.length for section in entry.sections} != lengths:
+        if {(section.kind, section.length) for section in entry.sections} != lengths:
             return
         yield done, tensor, position
         for section in entry.sections:

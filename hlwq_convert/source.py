@@ -39,13 +39,13 @@ class Source:
         return self.model.read_file(name, md.MAX_ASSET)
 
 
-def open_source(path: str | os.PathLike[str], *, passthrough: bool = False) -> Source:
+def open_source(path: str | os.PathLike[str], *, passthrough: bool = False, allow_extra: bool = False) -> Source:
     """Read the headers of a model directory, not its weights.
 
-    `passthrough` accepts a checkpoint that is already quantized. Raises what ModelDir raises, and
-    AlreadyQuantized (69).
+    `passthrough` accepts a checkpoint that is already quantized, `allow_extra` tensors that the index does not
+    list. Raises what ModelDir raises, and AlreadyQuantized (69).
     """
-    model = ModelDir(path)
+    model = ModelDir(path, allow_extra=allow_extra)
     if not (model.path / "config.json").exists():
         raise MissingInput("config.json is missing", file=str(path), hint="a Hugging Face model directory has one")
     config = parse(

@@ -12,7 +12,7 @@ from itertools import groupby
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import ITEM_BITS
-from hlwq_formats.errors import BadSafetensors
+from hlwq_formats.errors import BadSafetensors, escape
 from hlwq_formats.layout import BLOCK, scalar_lengths
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 from hlwq_formats.writer import Writer
@@ -26,6 +26,7 @@ from .scalar import Effort
 from .survey import Surveyed, survey
 
 _RAW_PIECE = 4 << 20
+_MOSTLY = 0.999
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Run:
     effort: Effort
     nonfinite: str
     step: Callable[[int], None]
+    warnings: list[str]
     report: list[TensorReport] = field(default_factory=list)
     checksums: dict[str, list[int]] = field(default_factory=dict)  # of the decoded chunks of each tensor
     stop: threading.Event = field(default_factory=threading.Event)  # set when no more is wanted
@@ -130,6 +132,9 @@ def _write_scalar(run: Run, of: Surveyed, pieces: Iterable[Piece]) -> md.ScalarT
     closeness = sums.closeness()
     if closeness is not None and closeness.cosine == 0:
         raise CannotDecode("zeros")
+    if of.zeros >= _MOSTLY * tensor.numel:
+        share = f"{of.zeros} of {tensor.numel} weights are zero"
+        run.warnings.append(f'tensor "{escape(tensor.name)}": {share}: was {escape(tensor.file)} fetched whole?')
     cosine, rel_mse = (None, None) if closeness is None else (closeness.cosine, closeness.rel_mse)
     run.report.append(TensorReport(tensor.name, cosine, rel_mse))
     run.checksums[tensor.name] = checksums

@@ -36,6 +36,7 @@ class Surveyed:
     sha256: str = ""
     code: ScalarCode | None = None  # None: raw
     encode: Callable[[bytes], EncodedChunk] | None = None
+    zeros: int = 0
 
 
 class Stopped(Exception):
@@ -53,21 +54,21 @@ def survey(
         return Surveyed(tensor, choice.reason)
     from .kernels.encode import encoder
     from .kernels.fit import fit
-    from .kernels.survey import largest_magnitude
+    from .kernels.survey import survey_weights
 
-    digest, largest = hashlib.sha256(), 0.0
+    digest, largest, zeros = hashlib.sha256(), 0.0, 0
     for raw in model.read_pieces(tensor, _pieces(tensor)):
         if stop.is_set():
             raise Stopped
         digest.update(raw)
-        found = largest_magnitude(raw, tensor.dtype)
+        found, more_zeros = survey_weights(raw, tensor.dtype)
         if not np.isfinite(found):
             return Surveyed(tensor, _explain_nonfinite(model, tensor, nonfinite))
-        largest = max(largest, found)
+        largest, zeros = max(largest, found), zeros + more_zeros
     exponent, signs = choose_exponent(largest), sign_vector()
     levels = fit(_sample(model, tensor), tensor.dtype, exponent, signs, choice.bits)
     code = ScalarCode(tensor.dtype, choice.bits, exponent, levels, signs, effort)
-    return Surveyed(tensor, choice.reason, digest.hexdigest(), code, encoder(code))
+    return Surveyed(tensor, choice.reason, digest.hexdigest(), code, encoder(code), zeros)
 
 
 def _pieces(tensor: SourceTensor) -> list[tuple[int, int]]:

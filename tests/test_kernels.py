@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -21,13 +21,14 @@ from hlwq_convert.kernels.compiled import CACHE_FOLDER, kernel
 from hlwq_convert.kernels.decode import decoder
 from hlwq_convert.kernels.encode import encoder
 from hlwq_convert.kernels.fit import fit
-from hlwq_convert.kernels.survey import largest_magnitude
+from hlwq_convert.kernels.measure import measure
+from hlwq_convert.kernels.survey import survey_weights
 from hlwq_convert.kernels.tables import largest_step
 from hlwq_convert.normal_levels import normal_levels
 from hlwq_convert.quantize import ScalarCode, block_checksums, choose_exponent, dequantize, power_of_two, quantize
 from hlwq_convert.rotate import sign_vector, to_blocks
 from hlwq_convert.scalar import gains_of, nearest_level
-from hlwq_formats.dtypes import WEIGHT_DTYPES, narrow, widen
+from hlwq_formats.dtypes import BIT_PATTERNS, WEIGHT_DTYPES, narrow, widen
 
 deterministic = settings(derandomize=True, database=None, deadline=None, max_examples=80)
 thorough = settings(derandomize=True, database=None, deadline=None, max_examples=300)
@@ -140,10 +141,24 @@ def test_a_large_fit_gives_the_bits_of_the_reference(bits: int) -> None:
 @given(weights(), st.sampled_from(WEIGHT_DTYPES), st.sampled_from([0.0, -0.0, np.inf, -np.inf, np.nan]))
 def test_the_largest_magnitude(values: Floats, dtype: str, last: float) -> None:
     raw = narrow(np.clip(values, -LIMIT[dtype], LIMIT[dtype]), dtype).tobytes()
-    assert largest_magnitude(raw, dtype) == np.abs(widen(raw, dtype)).max()
+    exact = widen(raw, dtype)
+    assert survey_weights(raw, dtype) == (np.abs(exact).max(), np.count_nonzero(exact == 0))
     special = {"BF16": np.array(last, np.float32).tobytes()[2:], "F16": np.float16(last).tobytes()}
     raw += special.get(dtype, np.float32(last).tobytes())
-    assert np.isfinite(largest_magnitude(raw, dtype)) == np.isfinite(last)
+    assert np.isfinite(survey_weights(raw, dtype)[0]) == np.isfinite(last)
+
+
+@deterministic
+@given(st.data(), weights(), st.sampled_from(WEIGHT_DTYPES))
+def test_measuring_gives_the_sums_of_the_encoder(data: st.DataObject, values: Floats, dtype: str) -> None:
+    raw = narrow(np.clip(values, -LIMIT[dtype], LIMIT[dtype]), dtype).tobytes()
+    code = code_for(data.draw, widen(raw, dtype), dtype)
+    chunk = quantize(raw, code)
+    assume(chunk.finite)
+    pair = np.zeros((2, len(chunk.checksums) * 128), BIT_PATTERNS[dtype])
+    pair[0, : len(values)] = np.frombuffer(raw, BIT_PATTERNS[dtype])
+    decoder(code, dtype)(chunk.codes, np.frombuffer(chunk.scales, np.float16), pair[1, : len(values)])
+    assert measure(*pair, dtype, code.exponent).tobytes() == chunk.sums.tobytes()
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

@@ -565,9 +565,30 @@ def test_other_files_may_not_be_links_out_either(tmp_path: Path, name: str) -> N
     refused(UnsafePath, f"{name}: ", "leads out", call=lambda: open_source(folder))
 
 
-@pytest.mark.parametrize("target", ["nowhere", "model.safetensors"], ids=["dangling", "loop"])
-def test_links_that_lead_nowhere(tmp_path: Path, target: str) -> None:
-    refused(MissingInput, "model.safetensors: ", "cannot open", call=lambda: ModelDir(link(tmp_path, target)))
+def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    refused(MissingInput, "model.safetensors: ", "cannot open", call=lambda: ModelDir(link(tmp_path, "nowhere")))
+
+
+def test_a_link_that_leads_to_itself(tmp_path: Path) -> None:
+    folder = link(tmp_path, "model.safetensors")
+    refused(UnsafePath, "model.safetensors: ", "leads to itself", call=lambda: ModelDir(folder))
+
+
+def test_tensors_beyond_the_index_may_be_left_out(tmp_path: Path) -> None:
+    folder = indexed(tmp_path / "m", {"v": "a.safetensors"}, a={"v": W["w"], "x": W["w"]})
+    refused(BadModelDir, "a.safetensors: ", "holds x", "--allow-extra", call=lambda: ModelDir(folder))
+    model = ModelDir(folder, allow_extra=True)
+    assert list(model.tensors) == ["v"]
+    assert model.warnings == ["a.safetensors: the index disagrees with the shard, which holds x: left out"]
+
+
+@pytest.mark.parametrize(("total", "warnings"), [(None, 0), ("right", 0), (1, 1), ("many", 1)])
+def test_a_total_size_that_is_wrong_is_only_a_warning(tmp_path: Path, total: object, warnings: int) -> None:
+    folder = indexed(tmp_path / "m", {"w": "a.safetensors"}, a=W)
+    size = ModelDir(folder).tensors["w"].length
+    notes = {} if total is None else {"total_size": size if total == "right" else total}
+    (folder / INDEX).write_text(json.dumps({"metadata": notes, "weight_map": {"w": "a.safetensors"}}))
+    assert len(ModelDir(folder).warnings) == warnings
 
 
 def test_cache_link_whose_blob_is_gone(cache: Path) -> None:
@@ -580,7 +601,7 @@ def test_shard_that_is_no_regular_file(tmp_path: Path, make: Callable[[Path], No
     folder = write_model(tmp_path, W)
     (folder / "model.safetensors").unlink()
     make(folder / "model.safetensors")
-    refused(MissingInput, "model.safetensors: ", "not a regular file", call=lambda: ModelDir(folder))
+    refused(BadModelDir, "model.safetensors: ", "not a regular file", call=lambda: ModelDir(folder))
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,12 @@ class BadValues(BadData):
     code = 110
 
 
+class NotFromSource(BadData):
+    """A good file that was not made from the model it is compared with, or whose report is wrong."""
+
+    code = 111
+
+
 class UnsupportedVersion(HlwqError):
     """A major version that this reader does not know."""
 

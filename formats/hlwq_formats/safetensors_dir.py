@@ -7,8 +7,10 @@ each read opens the shard again and compares its identity, so a replaced or rewr
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -49,11 +51,15 @@ class SourceTensor:
 class ModelDir:
     """The tensors of a model directory: one safetensors file, or shards with an index.
 
-    Raises MissingInput (66), BadModelDir, BadSafetensors or UnsafePath (65), UnsupportedDtype (69).
+    With `allow_extra`, tensors that the index does not list are left out, and `warnings` says so. Raises
+    MissingInput (66), BadModelDir, BadSafetensors or UnsafePath (65), UnsupportedDtype (69).
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, allow_extra: bool = False) -> None:
         self.path = Path(path)
+        self.warnings: list[str] = []
+        self._allow_extra = allow_extra
+        self._total_size: object = None
         if not self.path.is_dir():
             what = "not a directory" if self.path.exists() else "no such directory"
             raise MissingInput(f"{what}: a Hugging Face model directory is expected", file=str(self.path))
@@ -67,6 +73,10 @@ class ModelDir:
         self.files: list[tuple[str, int]] = []
         for file, expected in weight_map.items():
             self._read_shard(file, expected)
+        total = sum(tensor.length for tensor in self.tensors.values())
+        if self._total_size not in (None, total):
+            stated = escape(str(self._total_size), 40)
+            self.warnings.append(f"the index states a total_size of {stated} bytes, its tensors have {total}")
 
     # --- which files ---------------------------------------------------------------------------
 
@@ -108,6 +118,8 @@ class ModelDir:
             raise BadModelDir("weight_map is not an object of tensor name to file name", file=name)
         if not weight_map or len(weight_map) > MAX_TENSORS:
             raise BadModelDir(f"weight_map has {len(weight_map)} tensors, expected 1 to {MAX_TENSORS}", file=name)
+        notes = cast("dict[str, object]", document).get("metadata")
+        self._total_size = notes.get("total_size") if isinstance(notes, dict) else None
         shards: dict[str, set[str] | None] = {}
         for tensor, file in weight_map.items():
             if unsafe_path(file) or "/" in file or not file.endswith(SUFFIX):
@@ -131,8 +143,13 @@ class ModelDir:
             tensors = read_safetensors_header(shard, file)
         if expected is not None and (names := {t.name for t in tensors}) != expected:
             absent, extra = sorted(expected - names), sorted(names - expected)
-            problem = f"lacks {_listed(absent)}" if absent else f"holds {_listed(extra)}"
-            raise BadModelDir(f"the index disagrees with the shard, which {problem}", file=file)
+            if absent:
+                raise BadModelDir(f"the index disagrees with the shard, which lacks {_listed(absent)}", file=file)
+            problem = f"the index disagrees with the shard, which holds {_listed(extra)}"
+            if not self._allow_extra:
+                raise BadModelDir(problem, file=file, hint="pass --allow-extra to leave such tensors out")
+            self.warnings.append(f"{escape(file)}: {problem}: left out")
+            tensors = [tensor for tensor in tensors if tensor.name in expected]
         self.tensors.update((tensor.name, tensor) for tensor in tensors)
         if len(self.tensors) > MAX_TENSORS:
             raise BadModelDir(f"more than {MAX_TENSORS} tensors", file=file)
@@ -146,6 +163,12 @@ class ModelDir:
             in_cache = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
             if not (in_cache or root in target.parents):
                 raise UnsafePath("a symlink leads out of the model directory", file=name)
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise BadModelDir("not a regular file", file=name)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UnsafePath("a symlink that leads to itself", file=name) from None
         return InputFile(path, name)
 
     # --- reading -------------------------------------------------------------------------------
@@ -159,6 +182,12 @@ class ModelDir:
         with self._reopen(tensor.file) as shard:
             for start, length in places:
                 yield shard.read(tensor.offset + start, length)
+
+    def file_pieces(self, file: str, size: int) -> Iterator[bytes]:
+        """The bytes of a whole shard, `size` at a time."""
+        with self._reopen(file) as shard:
+            for start in range(0, shard.size, size):
+                yield shard.read(start, min(size, shard.size - start))
 
     def check_unchanged(self) -> None:
         """Look at every file once more, after the last read: SourceChanged (75) when one was touched."""

@@ -41,12 +41,18 @@ from .common import ProgressLine, common_options, print_json, print_warnings, ru
     help="What to do with a tensor that holds NaN or infinity.",
 )
 @click.option("--passthrough", is_flag=True, help="Accept an already quantized model and keep every tensor as it is.")
+@click.option("--allow-extra", is_flag=True, help="Leave out tensors that the index does not list.")
+@click.option("--allow-inside-source", is_flag=True, help="Let the output lie in the model directory.")
+@click.option(
+    "--verify-source", is_flag=True, help="First compare each file with its digest in the Hugging Face cache."
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and the size from headers alone; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @common_options
 def command(
     model_dir: str, output: str, as_json: bool, quiet: bool, debug: bool, dry_run: bool, workers: int | None,
-    overwrite: bool, no_resume: bool, nonfinite: Any, **options: Any,
+    overwrite: bool, no_resume: bool, nonfinite: Any,
+    allow_inside_source: bool, verify_source: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Convert the Hugging Face model in MODEL_DIR into the file OUTPUT.
 
@@ -56,6 +62,11 @@ def command(
 
     began = time.monotonic()
     job = prepare(model_dir, **options)
+    if verify_source:
+        from ..source_digests import verify_source_digests
+
+        with ProgressLine(quiet=quiet) as progress:
+            verify_source_digests(job.source.model, lambda done, total: progress("hashing", done, total))
     if dry_run:
         _show_plan(job, output, as_json, quiet)
         return
@@ -63,7 +74,7 @@ def command(
         compiling = compile_kernels(job, progress)
         inspection = run(
             job, output, workers=workers, overwrite=overwrite, resume=not no_resume, nonfinite=nonfinite,
-            progress=progress,
+            allow_inside_source=allow_inside_source, progress=progress,
         )  # fmt: skip
     seconds = time.monotonic() - began - compiling
     print_warnings(inspection.warnings, quiet=quiet)

@@ -26,11 +26,11 @@ from .block import (
     scale_to_half,
     step_to_nearest,
     store_block,
-    subtract,
     take_block,
     widen,
 )
 from .compiled import kernel, part
+from .measure import measure_block
 from .packing import SLACK, pack_block, unpack_block
 from .tables import KINDS, items_of, largest_step, table_rows
 
@@ -85,12 +85,7 @@ def _encode(
         values = fwht(take_block(levels, load_block(codes_in_memory, 0)))
         decoded = narrow(multiply(flip, scale(values, half_to_scale(half) * from_unit)), kind)
         checksums[b] = block_sum(multiply(decoded, load_block(weights, 0)))
-        restored = scale(widen(decoded, kind), to_unit)
-        error = subtract(source, restored)
-        sums[0, b] = block_sum(multiply(source, source))
-        sums[1, b] = block_sum(multiply(restored, restored))
-        sums[2, b] = block_sum(multiply(source, restored))
-        sums[3, b] = block_sum(multiply(error, error))
+        measure_block(source, scale(widen(decoded, kind), to_unit), sums, b)
 
 
 def encoder(code: ScalarCode) -> Callable[[bytes], EncodedChunk]:

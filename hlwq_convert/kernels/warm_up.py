@@ -17,7 +17,7 @@ from .checksum import checksums
 from .decode import decoder
 from .encode import encoder
 from .fit import fit
-from .survey import largest_magnitude
+from .survey import survey_weights
 from .tables import table_rows
 
 
@@ -34,7 +34,7 @@ def warm_up(codes: Iterable[tuple[str, int]]) -> float:
             continue
         done.add(variant)
         items = np.zeros(BLOCK, BIT_PATTERNS[dtype])
-        largest_magnitude(items.tobytes(), dtype)
+        survey_weights(items.tobytes(), dtype)
         fit(items.tobytes(), dtype, 0, sign_vector(), bits)
         code = ScalarCode(dtype, bits, 0, normal_levels(bits), sign_vector())
         chunk = encoder(code)(items.tobytes())
