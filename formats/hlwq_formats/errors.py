@@ -19,12 +19,14 @@ MAX_MESSAGE = 500
 def escape(text: str, limit: int = 200) -> str:
     """Return `text` printable on one line: control, bidi and other unprintable characters become
     backslash escapes; a text over `limit` characters loses its middle."""
+    half = (limit - 3) // 2
+    if len(text) > limit:  # cut before escaping too: a hostile text may be as long as a file
+        text = f"{text[:half]}...{text[-half:]}"
     shown = "".join(
         char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode("ascii") for char in text
     )
     if len(shown) <= limit:
         return shown
-    half = (limit - 3) // 2
     return f"{shown[:half]}...{shown[-half:]}"
 
 
@@ -136,12 +138,6 @@ class BadValues(BadData):
     code = 110
 
 
-class NotFromSource(BadData):
-    """A good file that was not made from the model it is compared with, or whose report is wrong."""
-
-    code = 111
-
-
 class UnsupportedVersion(HlwqError):
     """A major version that this reader does not know."""
 
@@ -240,6 +236,12 @@ class SelfCheckFailed(HlwqError):
 
     code = 304
     exit_status = 70
+
+
+class NotFromSource(BadData):
+    """A good file that was not made from the model it is compared with, or whose report is wrong."""
+
+    code = 305
 
 
 # --- the caller -----------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ MAX_ASSET = 64 << 20
 MAX_ASSETS_TOTAL = 1 << 30
 MAX_NAME_BYTES = 512
 MAX_TENSORS = 200_000
-MAX_LISTED = 10_000  # rules and source files
+_MAX_COMMAS = 6_000_000  # 200,000 tensors have 5 million
+MAX_LISTED = 10_000  # rules, source files and assets
 SIGNS_LENGTH = BLOCK // 8
 REPORT = "report.json"
 
@@ -36,8 +37,8 @@ Kind = Literal["signs", "codes", "levels", "scales", "raw", "asset"]
 Bits = Annotated[int, Meta(ge=2, le=8)]
 
 
-class Document(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """Base of every object in the metadata: an unknown key is an error."""
+class Document(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    """Base of every object in the metadata: an unknown key is an error. A document has no cycles to collect."""
 
 
 class Zstd(Document):
@@ -151,7 +152,7 @@ class Metadata(Document):
     """The whole document."""
 
     tensors: Annotated[list[Tensor], Meta(max_length=MAX_TENSORS)]
-    assets: list[Asset]
+    assets: Annotated[list[Asset], Meta(max_length=MAX_LISTED)]
     signs: Section | None
     recipe: Recipe
     source: Source
@@ -173,6 +174,8 @@ def decode_canonical(document: bytes, kind: type[T], minor: int, file: str) -> T
     `minor` is the minor version of the file: what a newer one may have added is unsupported (69), the
     same in a version we know is bad data (65).
     """
+    if document.count(b",") > _MAX_COMMAS:
+        raise BadMetadata("metadata: it has more elements than any real one", file=file)
     try:
         value = msgspec.json.decode(document, type=kind)
         again = msgspec.json.encode(value, order="sorted")
@@ -187,15 +190,21 @@ def decode_canonical(document: bytes, kind: type[T], minor: int, file: str) -> T
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise BadMetadata(f"metadata: {escape(str(error))}", file=file) from None
     if again != document:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(again, document, strict=False)) if a != b), min(len(again), len(document))
-        )
+        at = _first_difference(again, document)
         raise BadMetadata(
             f"metadata is not canonical from byte {at}: expected {escape(repr(again[at : at + 24]))}, "
             f"found {escape(repr(document[at : at + 24]))}",
             file=file,
         )
     return value
+
+
+def _first_difference(a: bytes, b: bytes) -> int:
+    """Index of the first byte in which two documents differ, or the length of the shorter."""
+    step = 4096  # compared as wholes, then one by one in the step that differs
+    start = next((i for i in range(0, len(a), step) if a[i : i + step] != b[i : i + step]), 0)
+    pairs = zip(a[start : start + step], b[start : start + step], strict=False)
+    return next((start + i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def all_sections(metadata: Metadata) -> Iterator[tuple[str, str, Section]]:

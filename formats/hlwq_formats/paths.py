@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import unicodedata
+import re
 
 _MAX_BYTES = 512
+_FORBIDDEN = re.compile(r'[\\:*?"<>|\x00-\x1f\x7f-\x9f]')
 _DEVICES = {
     "CON",
     "PRN",
@@ -27,7 +28,7 @@ def unsafe_path(name: str) -> str | None:
     for part in name.split("/"):
         if part in ("", ".", ".."):
             return "the name is not a plain relative path"
-        if any(char in '\\:*?"<>|' or unicodedata.category(char) == "Cc" for char in part):
+        if _FORBIDDEN.search(part):
             return "the name holds a character that paths may not have"
         if part[-1] in ". " or part.split(".")[0].rstrip(" ").upper() in _DEVICES or len(part.encode()) > 255:
             return "the name is not usable on every system"
@@ -35,12 +36,18 @@ def unsafe_path(name: str) -> str | None:
 
 
 def clashing_name(names: list[str]) -> str | None:
-    """A name that equals another but for the case of ASCII letters, or that is also the folder of another."""
+    """A name that equals another but for the case of ASCII letters, or a folder of which is another."""
     lowered = [name.encode().lower() for name in names]  # of bytes: ASCII letters alone
-    folders = {b"/".join(parts[:i]) for name in lowered for parts in [name.split(b"/")] for i in range(1, len(parts))}
+    places = set(lowered)
     seen: set[bytes] = set()
     for name, low in zip(names, lowered, strict=True):
-        if low in seen or low in folders:
+        if low in seen:
             return name
         seen.add(low)
+        # looked up one by one: together the folders of deep names are many times larger than the names
+        end = low.find(b"/")
+        while end >= 0:
+            if low[:end] in places:
+                return name
+            end = low.find(b"/", end + 1)
     return None

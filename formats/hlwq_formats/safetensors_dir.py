@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import reprlib
 import stat
 import struct
 from collections.abc import Iterable, Iterator
@@ -75,7 +76,7 @@ class ModelDir:
             self._read_shard(file, expected)
         total = sum(tensor.length for tensor in self.tensors.values())
         if self._total_size not in (None, total):
-            stated = escape(str(self._total_size), 40)
+            stated = escape(reprlib.repr(self._total_size), 40)
             self.warnings.append(f"the index states a total_size of {stated} bytes, its tensors have {total}")
 
     # --- which files ---------------------------------------------------------------------------
@@ -281,11 +282,12 @@ def _parse_tensor(name: str, info: object, file: str, data_start: int) -> Source
         raise wrong("expected an object of dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
-        raise UnsupportedDtype(f"unknown dtype {escape(str(dtype), 40)}", file=file, tensor=name)
+        raise UnsupportedDtype(f"unknown dtype {escape(reprlib.repr(dtype), 40)}", file=file, tensor=name)
     if not _are_counts(shape) or len(shape) > 8 or numel([max(d, 1) for d in shape]) > MAX_NUMEL:
-        raise wrong(f"shape {escape(str(shape), 80)} is not a list of at most 8 dimensions with under 2**53 elements")
+        shown = escape(reprlib.repr(shape), 80)
+        raise wrong(f"shape {shown} is not a list of at most 8 dimensions with under 2**53 elements")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise wrong(f"data_offsets {escape(str(offsets), 80)} are not two increasing positions")
+        raise wrong(f"data_offsets {escape(reprlib.repr(offsets), 80)} are not two increasing positions")
     length = offsets[1] - offsets[0]
     if length != nbytes(dtype, numel(shape)):
         raise wrong(f"{dtype} {shape} takes {nbytes(dtype, numel(shape))} bytes, data_offsets span {length}")
