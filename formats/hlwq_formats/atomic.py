@@ -12,7 +12,6 @@ import contextlib
 import errno
 import os
 import stat
-from types import TracebackType
 
 from .errors import CannotCreate, HlwqError, IoFailure, Locked
 from .file_ops import OPS
@@ -230,14 +229,6 @@ class AtomicFile:
                 hint="free space or choose another disk",
             )
         return IoFailure(f"cannot write: {error.strerror}", file=self.part)
-
-    def __enter__(self) -> AtomicFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abandon()
 
 
 def _cannot_create(path: str, error: OSError | ValueError) -> CannotCreate:

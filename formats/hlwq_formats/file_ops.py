@@ -66,7 +66,7 @@ class FileOps:
         self.before("rename")
         libc = ctypes.CDLL(None, use_errno=True)
         names = os.fsencode(source), os.fsencode(target)
-        if sys.platform == "darwin":
+        if sys.platform == "darwin":  # pragma: no cover
             result = libc.renamex_np(*names, ctypes.c_uint(_RENAME_EXCL))
         elif hasattr(libc, "renameat2"):
             result = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_NOREPLACE))

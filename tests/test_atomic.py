@@ -1,0 +1,219 @@
+"""The rarer ways in which a new file cannot be made: races, file systems without locks, failures of each call."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hlwq_formats.atomic import AtomicFile, check_destination
+from hlwq_formats.errors import CannotCreate, HlwqError, IoFailure, Locked
+from hlwq_formats.file_ops import OPS
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "o.hlwq"
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, operation: str, code: int, times: int = 1 << 30) -> list[int]:
+    """Let an operation fail with an error number so many times; return a list that grows with each failure."""
+    honest: Callable[..., object] = getattr(OPS, operation)
+    failures: list[int] = []
+
+    def failing(*arguments: object) -> object:
+        if len(failures) >= times:
+            return honest(*arguments)
+        failures.append(code)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(OPS, operation, failing)
+    return failures
+
+
+def leave_part(out: Path, content: bytes = b"old") -> Path:
+    part = Path(f"{out}.part")
+    part.write_bytes(content)
+    return part
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(out: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    fail(monkeypatch, "lock", code)
+    file = AtomicFile(out, overwrite=False)
+    file.write(0, b"new")
+    file.sync()
+    file.publish()
+    assert out.read_bytes() == b"new"
+
+
+def test_a_lock_that_fails_leaves_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail(monkeypatch, "lock", errno.EIO)
+    with pytest.raises(CannotCreate, match="Input/output error"):
+        AtomicFile(out, overwrite=False)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_lock_that_fails_when_another_took_the_place(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replaced(fd: int) -> None:
+        os.unlink(f"{out}.part")
+        leave_part(out, b"theirs")
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(OPS, "lock", replaced)
+    with pytest.raises(CannotCreate):
+        AtomicFile(out, overwrite=False)
+    assert Path(f"{out}.part").read_bytes() == b"theirs"
+
+
+def test_a_new_file_whose_lock_another_took(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = fail(monkeypatch, "lock", errno.EAGAIN)
+    with pytest.raises(Locked):
+        AtomicFile(out, overwrite=False)
+    assert len(failures) == 2  # of the new file, then of what is now an old one
+
+
+def test_a_part_that_keeps_being_replaced(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time it is locked, it is another file already."""
+    leave_part(out)
+    honest = OPS.lock
+
+    def lock_and_lose(fd: int) -> None:
+        honest(fd)
+        os.unlink(f"{out}.part")
+        leave_part(out)
+
+    monkeypatch.setattr(OPS, "lock", lock_and_lose)
+    with pytest.raises(Locked):
+        AtomicFile(out, overwrite=False)
+
+
+def test_a_part_that_vanishes_while_it_is_locked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_part(out)
+    honest = OPS.lock
+
+    def lock_and_lose(fd: int) -> None:
+        honest(fd)
+        Path(f"{out}.part").unlink()
+        monkeypatch.setattr(OPS, "lock", honest)
+
+    monkeypatch.setattr(OPS, "lock", lock_and_lose)
+    AtomicFile(out, overwrite=False, resume=True).abandon()
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_new_part_that_is_replaced_before_it_is_locked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = OPS.lock
+
+    def lock_and_lose(fd: int) -> None:
+        honest(fd)
+        Path(f"{out}.part").unlink()
+        monkeypatch.setattr(OPS, "lock", honest)
+
+    monkeypatch.setattr(OPS, "lock", lock_and_lose)
+    AtomicFile(out, overwrite=False).abandon()
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_part_that_appears_in_between(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = OPS.open
+
+    def open_after_another(path: str, flags: int) -> int:
+        if flags & os.O_EXCL:
+            leave_part(out, b"of a process that died at once")
+            monkeypatch.setattr(OPS, "open", honest)
+        return honest(path, flags)
+
+    monkeypatch.setattr(OPS, "open", open_after_another)
+    AtomicFile(out, overwrite=False).abandon()
+    assert list(out.parent.iterdir()) == []
+
+
+def test_another_failure_to_create(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = OPS.open
+
+    def no_descriptors(path: str, flags: int) -> int:
+        if flags & os.O_EXCL:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return honest(path, flags)
+
+    monkeypatch.setattr(OPS, "open", no_descriptors)
+    with pytest.raises(CannotCreate, match="Too many open files"):
+        AtomicFile(out, overwrite=False)
+
+
+@pytest.mark.parametrize("operation", ["open", "lock", "unlink"])
+def test_an_old_part_that_cannot_be_had(out: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    part = leave_part(out)
+    fail(monkeypatch, operation, errno.EACCES)
+    with pytest.raises(CannotCreate, match="cannot replace: Permission denied; remove it"):
+        AtomicFile(out, overwrite=False)
+    assert part.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_part_that_is_no_file(out: Path, make: Callable[[str], None]) -> None:
+    make(f"{out}.part")
+    with pytest.raises(CannotCreate):
+        AtomicFile(out, overwrite=False)
+    assert Path(f"{out}.part").exists()
+
+
+def test_what_is_resumed_can_be_thrown_away(out: Path) -> None:
+    leave_part(out)
+    file = AtomicFile(out, overwrite=False, resume=True)
+    assert file.resumed
+    assert file.read(0, 10) == b"old"
+    file.restart()
+    assert not file.resumed
+    assert file.read(0, 10) == b""
+    file.leave()
+    assert Path(f"{out}.part").exists()
+
+
+def test_what_is_resumed_may_not_be_removable(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_part(out)
+    file = AtomicFile(out, overwrite=False, resume=True)
+    fail(monkeypatch, "unlink", errno.EPERM)
+    with pytest.raises(CannotCreate, match="cannot replace"):
+        file.restart()
+    file.leave()
+
+
+def test_a_failed_read(out: Path) -> None:
+    file = AtomicFile(out, overwrite=False)
+    with pytest.raises(IoFailure, match="Invalid argument"):
+        file.read(-1, 1)
+    file.abandon()
+    file.abandon()
+    assert list(out.parent.iterdir()) == []
+
+
+def test_abandoning_what_another_took_removes_nothing(out: Path) -> None:
+    file = AtomicFile(out, overwrite=False)
+    Path(f"{out}.part").unlink()
+    theirs = leave_part(out, b"theirs")
+    file.abandon()
+    assert theirs.read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "", "no-such-folder/o.hlwq"])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(HlwqError) as caught:
+        check_destination(f"{tmp_path}/{name}", overwrite=False)
+    assert caught.value.exit_status == 73
+
+
+def test_a_platform_without_the_call_for_a_new_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a link gives the new name, which cannot replace anything either."""
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+    (tmp_path / "a").write_text("a")
+    OPS.rename_new(f"{tmp_path}/a", f"{tmp_path}/b")
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    (tmp_path / "a").write_text("a2")
+    with pytest.raises(FileExistsError):
+        OPS.rename_new(f"{tmp_path}/a", f"{tmp_path}/b")
+    assert (tmp_path / "b").read_text() == "a"
