@@ -14,8 +14,8 @@ from typing import Literal
 import msgspec
 
 from hlwq_formats import metadata as md
-from hlwq_formats.errors import CannotCreate, HlwqError, Usage, escape
-from hlwq_formats.layout import scalar_lengths
+from hlwq_formats.errors import BadModelDir, CannotCreate, HlwqError, Usage, escape
+from hlwq_formats.layout import MAX_METADATA, scalar_lengths
 from hlwq_formats.reader import Reader
 from hlwq_formats.safetensors_dir import SourceTensor
 from hlwq_formats.sections import zstd_version
@@ -26,7 +26,7 @@ from .duplicates import find_duplicates
 from .inspection import Inspection, Report, inspect_reader, printable
 from .journal import Done, Journal
 from .parallel import default_workers
-from .plan import Choice, plan
+from .plan import Choice, placeholder, plan
 from .recipe import make_recipe
 from .resume import Planned, fingerprint, load_earlier, still_good
 from .rotate import SIGN_BYTES
@@ -34,6 +34,8 @@ from .scalar import Effort
 from .self_check import self_check
 from .source import Source, open_source
 from .store import Run, write_tensors
+
+_MANY = 50_000
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, bytes done, bytes in all); (stage, 0, 0) for one whose end is not known."""
@@ -70,7 +72,21 @@ def prepare(
         choices = {tensor.name: Choice(None, "passthrough") for tensor in source.tensors}
     else:
         choices = plan(source.tensors, combined, len(sets))
+    _check_metadata_fits(source, choices)
     return Job(source, combined, choices, list(source.model.warnings))
+
+
+def _check_metadata_fits(source: Source, choices: dict[str, Choice]) -> None:
+    """Refuse now what could be refused only after hours: more tensors than the metadata can describe."""
+    if len(source.tensors) < _MANY:
+        return
+    size = sum(len(md.encode(placeholder(tensor, choices[tensor.name]))) + 1 for tensor in source.tensors)
+    if size > MAX_METADATA - _MANY:
+        raise BadModelDir(
+            f"{len(source.tensors)} tensors need about {size} bytes of metadata, a file can hold {MAX_METADATA}",
+            file=str(source.model.path),
+            hint="convert parts of the model on their own",
+        )
 
 
 def convert(

@@ -6,22 +6,19 @@ import hashlib
 import os
 
 from hlwq_formats import metadata as md
-from hlwq_formats.layout import BLOCK, make_header, place_sections, scalar_lengths
-from hlwq_formats.safetensors_dir import SourceTensor
+from hlwq_formats.layout import make_header, place_sections
 from hlwq_formats.sections import make_section
 
 from .conversion import Job, make_metadata
 from .inspection import Inspection, Report, TensorReport, describe
-from .plan import Choice
+from .plan import placeholder
 from .rotate import SIGN_BYTES
-
-_UNKNOWN = "0" * 64  # a digest takes its place in the metadata whatever it is
 
 
 def dry_run(job: Job, out: str | os.PathLike[str]) -> Inspection:
     """Describe the file that the job would make. Its size is exact but for the digits of the report and for
     duplicate tensors, which show only when weights are read."""
-    tensors = [_planned(tensor, job.choices[tensor.name]) for tensor in job.source.tensors]
+    tensors = [placeholder(tensor, job.choices[tensor.name]) for tensor in job.source.tensors]
     assets = [_asset(name, job.source.read_asset(name)) for name, _ in job.source.assets]
     assets.append(_asset(md.REPORT, md.encode(_placeholder_report(tensors))))
     metadata = make_metadata(job, make_section("signs", SIGN_BYTES, compress=False)[0], tensors, assets)
@@ -42,16 +39,7 @@ def _asset(name: str, data: bytes) -> md.Asset:
     return md.Asset(name, [make_section("asset", data, compress=True)[0]])
 
 
-def _planned(tensor: SourceTensor, choice: Choice) -> md.Tensor:
-    shape = list(tensor.shape)
-    if choice.bits is None:
-        section = md.Section("raw", tensor.length, _UNKNOWN)
-        return md.RawTensor(tensor.name, tensor.dtype, shape, choice.reason, [section])
-    sections = [md.Section(k, n, _UNKNOWN) for k, n in scalar_lengths(tensor.numel, choice.bits).items()]
-    return md.ScalarTensor(tensor.name, tensor.dtype, shape, choice.reason, choice.bits, BLOCK, 0, _UNKNOWN, sections)
-
-
-def _placeholder_report(tensors: list[md.Tensor]) -> Report:
+def _placeholder_report(tensors: list[md.RawTensor | md.ScalarTensor]) -> Report:
     """Numbers that take about as many compressed bytes as measured ones."""
 
     def digits(name: str) -> int:

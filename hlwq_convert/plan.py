@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import WEIGHT_DTYPES
 from hlwq_formats.errors import Usage, escape
+from hlwq_formats.layout import BLOCK, scalar_lengths
 from hlwq_formats.safetensors_dir import SourceTensor
 
 MIN_ELEMENTS = 4096
@@ -94,3 +95,16 @@ def _useless(rule: md.Rule, names: list[str], choices: dict[str, Choice]) -> Usa
     close = difflib.get_close_matches(plain, parts, 3, 0.5)
     hint = f"did you mean {', '.join(escape(c, 80) for c in close)}?" if close else "--dry-run lists the names"
     return Usage(f'--set: "{shown}" matches no tensor', hint=hint)
+
+
+_UNKNOWN = "0" * 64  # a digest takes its place in the metadata whatever it is
+
+
+def placeholder(tensor: SourceTensor, choice: Choice) -> md.RawTensor | md.ScalarTensor:
+    """The entry of a tensor stored as chosen, without what only its weights can tell."""
+    shape = list(tensor.shape)
+    if choice.bits is None:
+        section = md.Section("raw", tensor.length, _UNKNOWN)
+        return md.RawTensor(tensor.name, tensor.dtype, shape, choice.reason, [section])
+    sections = [md.Section(k, n, _UNKNOWN) for k, n in scalar_lengths(tensor.numel, choice.bits).items()]
+    return md.ScalarTensor(tensor.name, tensor.dtype, shape, choice.reason, choice.bits, BLOCK, 0, _UNKNOWN, sections)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from models import Tensor, normal, small_model, small_tensors, tensor, write_model
 
-from hlwq_convert import convert
+from hlwq_convert import conversion, convert
 from hlwq_convert.conversion import Job, merge_choices, prepare, tie_warnings
 from hlwq_convert.dry_run import dry_run
 from hlwq_convert.duplicates import find_duplicates
@@ -22,8 +22,9 @@ from hlwq_convert.recipe import builtin_recipes, make_recipe
 from hlwq_convert.source import open_source
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import ITEM_BITS, nbytes
-from hlwq_formats.errors import MissingInput, Usage
+from hlwq_formats.errors import BadModelDir, MissingInput, Usage
 from hlwq_formats.layout import numel
+from hlwq_formats.reader import Reader
 from hlwq_formats.safetensors_dir import SourceTensor
 
 LAYER = "model.layers.0."
@@ -543,3 +544,18 @@ def test_convert_is_a_function_after_its_module_was_imported() -> None:
 
 def test_the_reason_holds_the_rule_as_it_was_written() -> None:
     assert choose("layers.0.w.weight", sets=(r"layers\.0\.=7",)) == Choice(7, r"rule layers\.0\.")
+
+
+def test_more_tensors_than_the_metadata_can_describe_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_model(tmp_path / "m", {f"t{i}": ("F32", (64, 64), bytes(64 * 64 * 4)) for i in range(40)})
+    convert(source, tmp_path / "o.hlwq")
+    with Reader(tmp_path / "o.hlwq") as reader:
+        real = reader.header.meta_len
+    monkeypatch.setattr(conversion, "_MANY", 40)
+    monkeypatch.setattr(conversion, "MAX_METADATA", real + 40)
+    prepare(source)
+    monkeypatch.setattr(conversion, "MAX_METADATA", real - 1000)
+    with pytest.raises(BadModelDir, match="40 tensors need about [0-9]+ bytes of metadata, a file can hold"):
+        prepare(source)
