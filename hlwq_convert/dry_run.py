@@ -18,7 +18,7 @@ from .rotate import SIGN_BYTES
 def dry_run(job: Job, out: str | os.PathLike[str]) -> Inspection:
     """Describe the file that the job would make. Its size is exact but for the digits of the report and for
     duplicate tensors, which show only when weights are read."""
-    tensors = [placeholder(tensor, job.choices[tensor.name]) for tensor in job.source.tensors]
+    tensors: list[md.Tensor] = [placeholder(tensor, job.choices[tensor.name]) for tensor in job.source.tensors]
     assets = [_asset(name, job.source.read_asset(name)) for name, _ in job.source.assets]
     assets.append(_asset(md.REPORT, md.encode(_placeholder_report(tensors))))
     metadata = make_metadata(job, make_section("signs", SIGN_BYTES, compress=False)[0], tensors, assets)
@@ -39,7 +39,7 @@ def _asset(name: str, data: bytes) -> md.Asset:
     return md.Asset(name, [make_section("asset", data, compress=True)[0]])
 
 
-def _placeholder_report(tensors: list[md.RawTensor | md.ScalarTensor]) -> Report:
+def _placeholder_report(tensors: list[md.Tensor]) -> Report:
     """Numbers that take about as many compressed bytes as measured ones."""
 
     def digits(name: str) -> int:

@@ -549,7 +549,7 @@ def test_the_reason_holds_the_rule_as_it_was_written() -> None:
 def test_more_tensors_than_the_metadata_can_describe_are_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write_model(tmp_path / "m", {f"t{i}": ("F32", (64, 64), bytes(64 * 64 * 4)) for i in range(40)})
+    source = write_model(tmp_path / "m", {f"t{i}": ("F32", (64, 64), bytes([i]) * 64 * 64 * 4) for i in range(40)})
     convert(source, tmp_path / "o.hlwq")
     with Reader(tmp_path / "o.hlwq") as reader:
         real = reader.header.meta_len
@@ -557,5 +557,5 @@ def test_more_tensors_than_the_metadata_can_describe_are_refused_at_once(
     monkeypatch.setattr(conversion, "MAX_METADATA", real + 40)
     prepare(source)
     monkeypatch.setattr(conversion, "MAX_METADATA", real - 1000)
-    with pytest.raises(BadModelDir, match="40 tensors need about [0-9]+ bytes of metadata, a file can hold"):
+    with pytest.raises(BadModelDir, match=r"40 tensors need about [0-9]+ bytes of metadata, a file can hold"):
         prepare(source)
