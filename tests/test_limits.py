@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import time
@@ -30,10 +31,8 @@ def cost(action: Callable[[], object]) -> tuple[float, float, BaseException | No
     peak = tracemalloc.get_traced_memory()[1] / MIB
     tracemalloc.stop()
     began = time.perf_counter()
-    try:
+    with contextlib.suppress(HlwqError):
         action()
-    except HlwqError:
-        pass
     return time.perf_counter() - began, peak, raised
 
 
