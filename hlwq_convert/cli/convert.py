@@ -59,7 +59,9 @@ def command(
     Matrices are rotated and quantized; norms, biases, routers and other delicate tensors stay as they are.
     """
     from ..conversion import compile_kernels, prepare, run
+    from .memory import keep_freed_memory
 
+    keep_freed_memory()
     began = time.monotonic()
     job = prepare(model_dir, **options)
     if verify_source:
