@@ -36,15 +36,15 @@ def scalar_code(reader: Reader, tensor: md.ScalarTensor) -> ScalarCode:
 
 
 def code_chunks(reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK) -> Iterator[CodeChunk]:
-    """The codes of a tensor, `chunk` weights at a time. The codes are verified only at exhaustion: throw away
+    """The codes and scales of a tensor, `chunk` weights at a time. They are verified only at exhaustion: throw away
     what was made of them when this raises."""
-    scales = reader.scales(tensor)
     n = numel(tensor.shape)
-    start = 0
-    for packed in reader.iter_section("tensor", tensor.name, "codes", chunk * tensor.bits // 8):
-        count = min(chunk, n - start)
-        yield CodeChunk(start, count, packed, scales[start // BLOCK : -(-(start + count) // BLOCK)])
-        start += count
+    codes = reader.iter_section("tensor", tensor.name, "codes", chunk * tensor.bits // 8)
+    scales = reader.scale_chunks(tensor, chunk // BLOCK)
+    starts = range(0, n, chunk)
+    # strict: each section is read to its end, where it is verified
+    for start, packed, some_scales in zip(starts, codes, scales, strict=True):
+        yield CodeChunk(start, min(chunk, n - start), packed, some_scales)
 
 
 def decode_tasks(

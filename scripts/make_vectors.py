@@ -173,7 +173,8 @@ def decode_tensor(reader: Reader, name: str) -> bytes:
         return b"".join(reader.raw_chunks(tensor))
     code = ScalarCode(tensor.dtype, tensor.bits, tensor.exponent, reader.levels(tensor), reader.signs())
     codes = reader.read_section("tensor", tensor.name, "codes")
-    values = dequantize(codes, reader.scales(tensor), code, numel(tensor.shape))
+    scales = np.concatenate(list(reader.scale_chunks(tensor, 1 << 20)))
+    values = dequantize(codes, scales, code, numel(tensor.shape))
     return narrow(values, tensor.dtype).tobytes()
 
 

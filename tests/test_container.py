@@ -133,7 +133,7 @@ def test_what_was_written_reads_back(out: Path) -> None:
         assert reader.stored_tensor("head") is embed
         assert reader.read_section("tensor", "embed", "codes") == CODES
         assert reader.levels(embed).tolist() == [-1.5, -0.5, 0.5, 1.5]
-        assert reader.scales(embed).tolist() == [0.25, 0.0]
+        assert [s.tolist() for s in reader.scale_chunks(embed, 1)] == [[0.25], [0.0]]
         assert b"".join(reader.raw_chunks(norm, 4)) == NORM
         assert {name: reader.read_asset(name) for name in reader.assets} == {"LICENSE": LICENSE, "config.json": CONFIG}
         assert reader.signs()[:8].tolist() == [-1, 1, -1, 1, 1, 1, 1, 1]  # 0x05, lowest bit first

@@ -145,15 +145,19 @@ class Reader:
             raise self._bad_values(tensor, "levels", "levels must be finite, within 65504 and strictly increasing")
         return levels
 
-    def scales(self, tensor: md.ScalarTensor) -> NDArray[np.float16]:
-        """(n_blocks,) float16, each zero or positive and finite."""
-        bits = np.frombuffer(self.read_section("tensor", tensor.name, "scales"), "<u2")
-        if len(bits) and bits.max() >= 0x7C00:  # infinity, NaN and everything with the sign bit, -0 included
-            first = int(np.argmax(bits >= 0x7C00))
-            raise self._bad_values(
-                tensor, "scales", f"scale {first} is {bits[first]:#06x}: negative, infinite or not a number"
-            )
-        return bits.view("<f2")
+    def scale_chunks(self, tensor: md.ScalarTensor, chunk: int) -> Iterator[NDArray[np.float16]]:
+        """Yield the scales, (n_blocks,) float16 in all, `chunk` at a time. Verified only at exhaustion: digest
+        first, then that each is zero or positive and finite."""
+        problem, start = None, 0
+        for piece in self.iter_section("tensor", tensor.name, "scales", 2 * chunk):
+            bits = np.frombuffer(piece, "<u2")
+            if problem is None and bits.max() >= 0x7C00:  # infinity, NaN and all with the sign bit, -0 included
+                first = int(np.argmax(bits >= 0x7C00))
+                problem = f"scale {start + first} is {bits[first]:#06x}: negative, infinite or not a number"
+            start += len(bits)
+            yield bits.view("<f2")
+        if problem is not None:
+            raise self._bad_values(tensor, "scales", problem)
 
     def _bad_values(self, tensor: md.Tensor, kind: md.Kind, problem: str) -> BadValues:
         offset = self._offsets[self._index["tensor", tensor.name, kind]]
@@ -187,7 +191,8 @@ class Reader:
             for _ in self.iter_section("tensor", tensor.name, "codes"):
                 pass
             self.levels(tensor)
-            self.scales(tensor)
+            for _ in self.scale_chunks(tensor, CHUNK):
+                pass
 
     def verify(self) -> None:
         """Check every byte of the file."""
