@@ -113,8 +113,11 @@ def convert(
     versions alone. A conversion that was killed or interrupted is continued, unless `resume` is False.
     Raises an HlwqError for everything that can go wrong.
     """
-    job = prepare(src, bits, recipe=recipe, sets=sets, effort=effort, passthrough=passthrough)
-    return run(job, out, workers=workers, overwrite=overwrite, resume=resume, nonfinite=nonfinite, progress=progress)
+    job = prepare(src, bits, recipe=recipe, sets=sets, effort=effort, passthrough=passthrough, allow_extra=allow_extra)
+    return run(
+        job, out, workers=workers, overwrite=overwrite, resume=resume, nonfinite=nonfinite,
+        allow_inside_source=allow_inside_source, progress=progress,
+    )  # fmt: skip
 
 
 def run(
@@ -248,7 +251,7 @@ def check_output_place(out: str | os.PathLike[str], source: Source, *, allow_ins
             file=os.fspath(out),
             hint="choose another folder or pass --allow-inside-source",
         )
-    for file, _ in source.model.files:
+    for file, _ in [*source.model.files, *source.assets]:
         if os.path.exists(out) and os.path.samefile(out, source.model.path / file):
             raise CannotCreate(f"the output is the source file {file}", file=os.fspath(out))
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import BIT_PATTERNS, NUMPY, widen
-from hlwq_formats.errors import UnsupportedDtype
+from hlwq_formats.errors import BadTensor, UnsupportedDtype
 from hlwq_formats.layout import BLOCK, numel
 from hlwq_formats.reader import Reader
 
@@ -70,6 +70,20 @@ def decode_scalar(reader: Reader, tensor: md.ScalarTensor) -> NDArray[np.generic
     return (result if own is None else result.view(own)).reshape(tensor.shape)
 
 
+def read_raw(reader: Reader, tensor: md.RawTensor) -> bytearray:
+    """The bytes of a raw tensor, verified. Memory is taken first: BadTensor (65) when there is not enough."""
+    size = tensor.sections[0].length
+    try:
+        raw = bytearray(size)
+    except MemoryError:
+        raise BadTensor(f"{size} bytes, for which there is no memory", file=reader.path, tensor=tensor.name) from None
+    start = 0
+    for piece in reader.raw_chunks(tensor):
+        raw[start : start + len(piece)] = piece
+        start += len(piece)
+    return raw
+
+
 def get_numpy(reader: Reader, name: str) -> NDArray[np.generic]:
     """A tensor as a NumPy array. BF16, which NumPy lacks, comes as float32 with the same values.
 
@@ -81,7 +95,7 @@ def get_numpy(reader: Reader, name: str) -> NDArray[np.generic]:
         return widen(values.tobytes(), "BF16").reshape(tensor.shape) if tensor.dtype == "BF16" else values
     if tensor.dtype != "BF16" and tensor.dtype not in NUMPY:
         raise UnsupportedDtype(f"NumPy has no type for {tensor.dtype}", file=reader.path, tensor=name, hint="use torch")
-    raw = bytearray().join(reader.raw_chunks(tensor))
+    raw = read_raw(reader, tensor)
     if tensor.dtype == "BF16":
         return widen(raw, "BF16").reshape(tensor.shape)
     return np.frombuffer(raw, NUMPY[tensor.dtype]).reshape(tensor.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import unicodedata
 
 import msgspec
 
@@ -171,6 +172,7 @@ def describe(
 ) -> Inspection:
     """Put a document and a report together; pure."""
     errors = {entry.name: entry for entry in report.tensors}
+    warnings = [*(warnings or []), *_lookalikes([tensor.name for tensor in metadata.tensors])]
     tensors = [_describe_tensor(tensor, errors.get(tensor.name)) for tensor in metadata.tensors]
     by_encoding = {
         "scalar": sum(t.bytes for t in tensors if t.encoding == "scalar"),
@@ -207,8 +209,18 @@ def describe(
         assets=[Place(asset.name, asset.sections[0].length) for asset in metadata.assets],
         tensors=tensors,
         summary=summary,
-        warnings=warnings or [],
+        warnings=warnings,
     )
+
+
+def _lookalikes(names: list[str]) -> list[str]:
+    """A warning for names that a person, or another program, could take for each other."""
+    seen: dict[str, str] = {}
+    for name in names:
+        plain = unicodedata.normalize("NFC", name).casefold()
+        if (other := seen.setdefault(plain, name)) != name:
+            return [f'the names "{escape(other)}" and "{escape(name)}" look alike']
+    return []
 
 
 def _describe_tensor(tensor: md.Tensor, error: TensorReport | None) -> TensorInfo:

@@ -21,7 +21,9 @@ ASSETS = (
 )  # fmt: skip
 """What may travel: names of files that describe a model. Never code, pickles or dot files."""
 
-_FORBIDDEN = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_FORBIDDEN = (
+    ".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".hlwq", ".part", ".journal",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

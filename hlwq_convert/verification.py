@@ -65,6 +65,6 @@ def _look(kind: str, name: str, look: Callable[[], object], size: int) -> tuple[
     try:
         look()
     except BadData as error:
-        place = "" if error.section is None or kind == "asset" else f"{error.section}: "
+        place = "" if error.section is None or kind == "asset" else f"{error.section}@{error.offset or 0:#x}: "
         return [Damage(kind, name, place + error.problem)], size
     return [], size

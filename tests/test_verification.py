@@ -80,7 +80,7 @@ def test_several_damages_are_all_named(converted: Path, tmp_path: Path, run_tool
     done = run_tool("inspect", path, "--verify", "--json")
     document = json.loads(done.stdout)["verification"]
     assert [d["name"] for d in document["damaged"]] == names
-    assert document["damaged"][0]["kind"] == "tensor" and document["damaged"][0]["problem"].startswith("codes: SHA-256")
+    assert document["damaged"][0]["kind"] == "tensor" and document["damaged"][0]["problem"].startswith("codes@0x")
 
 
 def test_a_damaged_report_still_shows_the_table(converted: Path, tmp_path: Path, run_tool: Run) -> None:

@@ -69,7 +69,7 @@ class AtomicFile:
         for _ in range(8):  # every round but the first follows a race with another process
             stale = self._lock_stale()
             if stale is not None:
-                if resume and os.fstat(stale).st_nlink == 1:
+                if resume and os.fstat(stale).st_nlink == 1 and self._is_locked():
                     self.resumed = True
                     return stale
                 self._unlink_stale(stale)
@@ -122,6 +122,21 @@ class AtomicFile:
         OPS.close(fd)
         return None
 
+    def _is_locked(self) -> bool:
+        """Whether a lock keeps others out here: there are file systems where it does nothing, and a .part that
+        looks dead may be alive."""
+        try:
+            other = OPS.open(self.part, os.O_RDWR)
+            try:
+                OPS.lock(other)
+            finally:
+                OPS.close(other)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     def _unlink_stale(self, fd: int) -> None:
         try:
             OPS.unlink(self.part)
@@ -149,7 +164,9 @@ class AtomicFile:
         except OSError as error:
             if error.errno in _FULL:
                 raise self._failed(error, size) from None
-            # a file system that cannot reserve: the writes will tell
+            status = os.statvfs(os.path.dirname(self.path) or ".")  # cannot reserve here: at least look
+            if status.f_bavail * status.f_frsize < size:
+                raise self._failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), size) from None
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset`."""
@@ -180,6 +197,8 @@ class AtomicFile:
 
     def publish(self) -> None:
         """Give the synced file its name. Without `overwrite` an existing file is never replaced."""
+        if not self._is_ours(self._fd):  # where locks do nothing, another may have put its own in this place
+            raise self._locked()
         try:
             if self._overwrite:
                 check_destination(self.path, overwrite=True)
@@ -192,7 +211,7 @@ class AtomicFile:
             raise _cannot_create(self.path, error) from None
         self._close()
         try:
-            folder = OPS.open(os.path.dirname(self.path) or ".", os.O_RDONLY)
+            folder = OPS.open_folder(os.path.dirname(self.path) or ".")
             try:
                 OPS.sync(folder)
             finally:

@@ -24,6 +24,11 @@ class FileOps:
         self.before("open")
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
+    def open_folder(self, path: str) -> int:
+        """Open a folder, which may be a symlink, to sync its entries."""
+        self.before("open")
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
     def lock(self, fd: int) -> None:
         """Take the exclusive lock on an open file, or raise BlockingIOError at once."""
         import fcntl  # not on Windows, which only reads

@@ -70,6 +70,9 @@ class ModelDir:
             raise MissingInput(f"cannot list: {error.strerror}", file=str(self.path)) from None
         self._identities: dict[str, tuple[int, ...]] = {}
         weight_map = self._find_shards(names)
+        unfinished = [name for name in names if name.removesuffix(".aria2").removesuffix(".incomplete") in weight_map]
+        if unfinished := [name for name in unfinished if name not in weight_map]:
+            raise self._bad(f"an unfinished download: {_listed(unfinished)}", hint="finish it")
         self.tensors: dict[str, SourceTensor] = {}
         self.files: list[tuple[str, int]] = []
         for file, expected in weight_map.items():
@@ -235,8 +238,8 @@ def read_safetensors_header(shard: InputFile, file: str) -> list[SourceTensor]:
     start = shard.read(0, min(shard.size, 64))
     for magic, what in (
         (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull`"),
-        (b"<!doctype", "an HTML page"),
-        (b"<html", "an HTML page"),
+        (b"<!doctype", "an HTML page, perhaps an error page of a download: fetch it again"),
+        (b"<html", "an HTML page, perhaps an error page of a download: fetch it again"),
     ):
         if start.lower().startswith(magic):
             raise bad(f"not a safetensors file but {what}")

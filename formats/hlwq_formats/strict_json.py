@@ -9,7 +9,7 @@ from typing import NoReturn
 from .errors import HlwqError, escape
 
 # what 200,000 tensors need, and some more
-_MAX_COUNT = {b",": 2_500_000, b":": 1_500_000, b"[": 700_000, b"{": 400_000}
+_MAX_COUNT = {b",": 2_500_000, b":": 1_000_000, b"[": 700_000, b"{": 400_000}
 
 
 def parse(document: bytes, fail: Callable[[str], HlwqError]) -> object:

@@ -66,6 +66,8 @@ def run_command(command: click.Command, program: str) -> NoReturn:
     except MemoryError:
         status = _report(IoFailure("out of memory", hint="use fewer --workers"), debug)
     except Exception as error:  # whatever is left is a bug of ours, and a user still gets one line
+        if "can't start new thread" in str(error):
+            sys.exit(_report(IoFailure("out of memory for a thread", hint="use fewer --workers"), debug))
         problem = f"internal error: {type(error).__name__}: {escape(str(error))}"
         status = _report(Internal(problem, hint="please report it with the output of --debug"), debug)
     _handle_signals(signal.SIG_IGN)  # all is done: a signal now must not turn it into a traceback

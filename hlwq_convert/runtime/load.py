@@ -15,7 +15,7 @@ from hlwq_formats.errors import UnsupportedDtype, Usage
 from hlwq_formats.layout import numel
 from hlwq_formats.reader import Reader
 
-from ..decode import CodeChunk, code_chunks, decode_tasks, scalar_code
+from ..decode import CodeChunk, code_chunks, decode_tasks, read_raw, scalar_code
 from ..parallel import call, default_workers, ordered_map
 from .dequantize import TorchCode
 
@@ -146,11 +146,7 @@ def _tasks(
 def _load_raw(
     reader: Reader, tensor: md.RawTensor, own: torch.dtype, wanted: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    raw = bytearray(tensor.sections[0].length)
-    start = 0
-    for piece in reader.raw_chunks(tensor):
-        raw[start : start + len(piece)] = piece
-        start += len(piece)
+    raw = read_raw(reader, tensor)
     flat = torch.frombuffer(raw, dtype=torch.uint8).view(own) if raw else torch.empty(0, dtype=own)
     return flat.reshape(tensor.shape).to(device=device, dtype=wanted)
 
