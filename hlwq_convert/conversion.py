@@ -220,10 +220,11 @@ def compile_kernels(job: Job, progress: Progress | None = None) -> float:
     codes = {(t.dtype, bits) for t in job.source.tensors if (bits := job.choices[t.name].bits) is not None}
     if not codes:
         return 0.0
+    from .kernels.compiled import is_code_kept
     from .kernels.warm_up import warm_up
 
     # said only when it takes long enough for someone to wonder
-    notice = threading.Timer(1.0, progress or _ignore, ("compiling kernels", 0, 0))
+    notice = threading.Timer(5.0 if is_code_kept() else 1.0, progress or _ignore, ("compiling kernels", 0, 0))
     notice.daemon = True
     notice.start()
     try:

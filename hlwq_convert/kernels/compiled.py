@@ -41,6 +41,11 @@ def _cache_folder() -> str | None:
 CACHE_FOLDER = _cache_folder()
 
 
+def is_code_kept() -> bool:
+    """Whether an earlier process has left machine code of these sources."""
+    return CACHE_FOLDER is not None and any(Path(CACHE_FOLDER).rglob("*.nbi"))
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile for any argument types, without the GIL; from the cache when it is there.
 
