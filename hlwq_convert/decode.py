@@ -61,7 +61,10 @@ def decode_tasks(
 
 def decode_scalar(reader: Reader, tensor: md.ScalarTensor) -> NDArray[np.generic]:
     """The weights of a scalar tensor in its dtype, in its shape; BF16 as uint16 bit patterns."""
-    result = np.empty(numel(tensor.shape), BIT_PATTERNS[tensor.dtype])
+    try:
+        result = np.empty(numel(tensor.shape), BIT_PATTERNS[tensor.dtype])
+    except MemoryError:
+        raise _too_large(reader, tensor, numel(tensor.shape) * BIT_PATTERNS[tensor.dtype].itemsize) from None
     workers = default_workers() if len(result) > CHUNK else 1
     with ThreadPoolExecutor(workers, "hlwq") as pool:
         for _ in ordered_map(pool, 2 * workers, call, decode_tasks(reader, tensor, tensor.dtype, result)):
@@ -76,12 +79,16 @@ def read_raw(reader: Reader, tensor: md.RawTensor) -> bytearray:
     try:
         raw = bytearray(size)
     except MemoryError:
-        raise BadTensor(f"{size} bytes, for which there is no memory", file=reader.path, tensor=tensor.name) from None
+        raise _too_large(reader, tensor, size) from None
     start = 0
     for piece in reader.raw_chunks(tensor):
         raw[start : start + len(piece)] = piece
         start += len(piece)
     return raw
+
+
+def _too_large(reader: Reader, tensor: md.Tensor, size: int) -> BadTensor:
+    return BadTensor(f"{size} bytes, for which there is no memory", file=reader.path, tensor=tensor.name)
 
 
 def get_numpy(reader: Reader, name: str) -> NDArray[np.generic]:

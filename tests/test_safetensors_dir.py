@@ -759,7 +759,7 @@ def test_a_file_cut_while_open_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(100))
     with InputFile(tmp_path / "f", "f") as file:
         os.truncate(tmp_path / "f", 60)
-        refused(SourceChanged, "f: ", "ends at byte 60, 40 bytes early", call=lambda: file.read(0, 100))
+        refused(SourceChanged, "f: ", "40 bytes at 60 are gone", call=lambda: file.read(0, 100))
 
 
 # --- what is printed --------------------------------------------------------------------------------

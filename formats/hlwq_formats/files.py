@@ -46,7 +46,7 @@ class InputFile:
                 raise IoFailure(f"cannot read at {offset}: {error.strerror}", file=self.name) from None
             if not part:
                 raise SourceChanged(
-                    f"ends at byte {offset}, {wanted} bytes early: it was cut while it was read", file=self.name
+                    f"{wanted} bytes at {offset} are gone: the file was cut while it was read", file=self.name
                 )
             parts.append(part)
             offset += len(part)

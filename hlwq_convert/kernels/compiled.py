@@ -43,7 +43,10 @@ CACHE_FOLDER = _cache_folder()
 
 def is_code_kept() -> bool:
     """Whether an earlier process has left machine code of these sources."""
-    return CACHE_FOLDER is not None and any(Path(CACHE_FOLDER).rglob("*.nbi"))
+    try:
+        return CACHE_FOLDER is not None and any(Path(CACHE_FOLDER).rglob("*.nbi"))
+    except OSError:  # the process has lost its rights since it was started
+        return False
 
 
 def kernel(function: Callable[..., Any]) -> Any:
