@@ -289,7 +289,6 @@ def test_a_tensor_of_1_tb_may_be_looked_at(tmp_path: Path, action: str) -> None:
     check_measured(result, None, memory=8 << 20)
 
 
-
 @pytest.mark.parametrize("bits", [case(57, "load-raw", None), case(57, "load-quantized", 2)])
 def test_a_tensor_larger_than_the_memory_is_refused(tmp_path: Path, bits: int | None) -> None:
     path = sparse_container(tmp_path / "m.hlwq", 1 << 40, bits)
