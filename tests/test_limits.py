@@ -16,6 +16,7 @@ from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadData, BadMetadata, HlwqError, UnsupportedDtype, escape
 from hlwq_formats.paths import clashing_name, unsafe_path
 from hlwq_formats.safetensors_dir import ModelDir
+from hlwq_formats.strict_json import parse
 
 MIB = 1 << 20
 
@@ -114,3 +115,14 @@ def test_a_long_text_is_cut_before_it_is_escaped() -> None:
     for length in (0, 1, 98, 199, 200, 201, 202, 1000):
         assert len(escape("a" * length)) == min(length, 199 if length > 200 else length)
     assert escape("é" * 10) == "é" * 10
+
+
+@pytest.mark.parametrize("number", ["-0", "[1, -0]", '{"a": -0}'])
+def test_minus_zero_is_no_integer(number: str) -> None:
+    """Other parsers of JSON refuse it where an unsigned number belongs, and so do we."""
+    with pytest.raises(BadMetadata, match="-0 is not an integer"):
+        parse(number.encode(), BadMetadata)
+
+
+def test_what_only_looks_like_minus_zero_is_read() -> None:
+    assert parse(b'{"a-0": [-1, 0, -0.5, "-0"]}', BadMetadata) == {"a-0": [-1, 0, -0.5, "-0"]}

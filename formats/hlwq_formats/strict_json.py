@@ -25,19 +25,27 @@ def parse(document: bytes, fail: Callable[[str], HlwqError]) -> object:
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise _DuplicateKey(f'key "{escape(twice, 120)}" appears twice')
+            raise _Refused(f'key "{escape(twice, 120)}" appears twice')
         return result
 
     def no_constant(name: str) -> NoReturn:
-        raise _DuplicateKey(f"{name} is not JSON")
+        raise _Refused(f"{name} is not JSON")
 
+    def integer(text: str) -> int:
+        if text == "-0":  # Python takes it for 0, other readers for a float or for an error
+            raise _Refused("-0 is not an integer")
+        return int(text)
+
+    parse_int = integer if b"-0" in document else None  # a call for each number is slow
     try:
-        return json.loads(document.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
-    except _DuplicateKey as error:
+        return json.loads(
+            document.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant, parse_int=parse_int
+        )
+    except _Refused as error:
         raise fail(str(error)) from None
     except (ValueError, RecursionError) as error:
         raise fail(f"not valid JSON: {escape(str(error))}") from None
 
 
-class _DuplicateKey(ValueError):
+class _Refused(ValueError):
     pass
