@@ -1,11 +1,12 @@
 """Kill conversions at random moments and make pairs of them fail at every operation; see crash_harness.
 
-python scripts/torture.py [--kills 300] [--no-pairs]
+python scripts/torture.py [--kills 300] [--no-pairs] [--flips 100000]
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import os
 import random
 import shutil
@@ -21,6 +22,10 @@ from crash_harness import MODES, Fault, check, finish, memory_folder, run
 
 import hlwq_convert as h
 from hlwq_convert import journal
+from hlwq_formats import metadata as md
+from hlwq_formats.errors import BadData
+from hlwq_formats.layout import place_sections
+from hlwq_formats.reader import Reader
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from models import write_model
@@ -29,8 +34,8 @@ from models import write_model
 def make_model(folder: Path, rows: int, matrices: int) -> Path:
     """Some matrices and a norm."""
     rng = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {f"{i:02d}.weight": (rows, 64 + 16 * i) for i in range(matrices)}
-    shapes["01.norm.weight"] = (80,)
+    shapes: dict[str, tuple[int, ...]] = {f"{i:03d}.weight": (rows, 64 + 16 * (i % 12)) for i in range(matrices)}
+    shapes["001.norm.weight"] = (80,)
     data = {name: rng.standard_normal(shape).astype(np.float32).tobytes() for name, shape in shapes.items()}
     return write_model(folder, {name: ("F32", shapes[name], data[name]) for name in shapes})
 
@@ -96,11 +101,42 @@ def kills(folder: Path, wanted: int) -> tuple[int, int]:
     return killed, resumed
 
 
+def flips(folder: Path, wanted: int) -> int:
+    """Flip random bits of a file of 100 MB, one at a time; return how many of them a reader noticed."""
+    model = make_model(folder / "m", 1000, 680)
+    path = folder / "o.hlwq"
+    h.convert(model, path, 8, effort="fast")
+    rng = random.Random(0)
+    with Reader(path) as reader, path.open("r+b") as file:
+        listed = list(md.all_sections(reader.metadata))
+        offsets, end = place_sections(section.length for _, _, section in listed)
+        ends = [offset + section.length for offset, (_, _, section) in zip(offsets, listed, strict=True)]
+        print(f"{reader.header.file_len} bytes in {len(listed)} sections", flush=True)
+        found = 0
+        for _ in range(wanted):
+            at = rng.randrange(reader.header.file_len)
+            byte = os.pread(file.fileno(), 1, at)[0]
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << rng.randrange(8)]), at)
+            try:
+                if 128 <= at < end:  # only what holds the byte, or the padding before it, need be read
+                    kind, owner, section = listed[bisect.bisect_right(ends, at)]
+                    for _ in reader.iter_section(kind, owner, section.kind):
+                        pass
+                else:
+                    Reader(path).close()
+            except BadData:
+                found += 1
+            os.pwrite(file.fileno(), bytes([byte]), at)
+        reader.verify()
+    return found
+
+
 def main() -> None:
     """Run and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--no-pairs", action="store_true")
+    parser.add_argument("--flips", type=int, default=0)
     options = parser.parse_args()
     warnings.simplefilter("ignore", DeprecationWarning)  # of fork in a process with threads, which are idle here
     folder = Path(tempfile.mkdtemp(dir=memory_folder()))
@@ -112,7 +148,13 @@ def main() -> None:
         if not options.no_pairs:
             began = time.monotonic()
             (folder / "pairs").mkdir()
-            print(f"{pairs(folder / 'pairs')} pairs survived in {time.monotonic() - began:.0f} s")
+            print(f"{pairs(folder / 'pairs')} pairs survived in {time.monotonic() - began:.0f} s", flush=True)
+        if options.flips:
+            began = time.monotonic()
+            (folder / "flips").mkdir()
+            found = flips(folder / "flips", options.flips)
+            print(f"{found} of {options.flips} flipped bits found in {time.monotonic() - began:.0f} s")
+            sys.exit(found != options.flips)
     finally:
         shutil.rmtree(folder)
 
