@@ -144,7 +144,7 @@ def test_what_was_stored_is_not_encoded_again(
     die_after(source, out, tensors)
     encoded.clear()
     h.convert(source, out)
-    assert encoded == ["a.weight", "b.weight", "m.norm.weight", "z.weight"][tensors:]
+    assert sorted(encoded) == ["a.weight", "b.weight", "m.norm.weight", "z.weight"][tensors:]
     assert out.read_bytes() == new
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
@@ -187,7 +187,7 @@ def test_a_tensor_whose_source_changed_is_encoded_again(
     shard.write_bytes(content)
     encoded.clear()
     h.convert(mine, out)
-    assert encoded == ["b.weight", "m.norm.weight", "z.weight"]
+    assert sorted(encoded) == ["b.weight", "m.norm.weight", "z.weight"]  # read by several threads
     resumed = out.read_bytes()
     h.convert(mine, out, overwrite=True)
     assert out.read_bytes() == resumed
