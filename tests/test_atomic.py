@@ -217,3 +217,39 @@ def test_a_platform_without_the_call_for_a_new_name(tmp_path: Path, monkeypatch:
     with pytest.raises(FileExistsError):
         OPS.rename_new(f"{tmp_path}/a", f"{tmp_path}/b")
     assert (tmp_path / "b").read_text() == "a"
+
+
+def test_a_folder_that_may_not_be_written_to(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # for root every folder is writable
+    with pytest.raises(CannotCreate, match="its folder is not writable"):
+        AtomicFile(out, overwrite=False)
+
+
+def test_a_part_is_not_resumed_where_its_lock_cannot_be_tried(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_part(out)
+    honest, opened = OPS.open, []
+
+    def only_once(path: str, flags: int) -> int:
+        opened.append(flags)
+        if len(opened) == 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return honest(path, flags)
+
+    monkeypatch.setattr(OPS, "open", only_once)
+    file = AtomicFile(out, overwrite=False, resume=True)
+    assert not file.resumed
+    assert file.read(0, 10) == b""
+    file.abandon()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_put_in_our_place_is_not_published(out: Path, overwrite: bool) -> None:
+    file = AtomicFile(out, overwrite=overwrite)
+    file.write(0, b"ours")
+    Path(f"{out}.part").unlink()
+    theirs = leave_part(out, b"theirs")
+    with pytest.raises(Locked):
+        file.publish()
+    file.abandon()
+    assert not out.exists()
+    assert theirs.read_bytes() == b"theirs"
