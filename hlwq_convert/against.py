@@ -11,16 +11,15 @@ import numpy as np
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import BIT_PATTERNS, ITEM_BITS
 from hlwq_formats.errors import escape
-from hlwq_formats.layout import BLOCK
+from hlwq_formats.layout import BLOCK, count_blocks
 from hlwq_formats.reader import Reader
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 
-from .decode import CodeChunk, code_chunks, scalar_code
+from .decode import Piece, pieces
 from .duplicates import digest_of
 from .inspection import TensorReport, inspect_reader
 from .metrics import ErrorSums
 from .parallel import call, default_workers, ordered_map
-from .quantize import ScalarCode
 from .source import Source
 
 
@@ -42,7 +41,7 @@ def compare(reader: Reader, source: Source, progress: Callable[[int, int], None]
             problems += problem
         reported = {t.name: TensorReport(t.name, t.cosine, t.rel_mse) for t in inspect_reader(reader).tensors}
         for entry in reader.metadata.tensors:
-            if isinstance(entry, md.ScalarTensor) and entry.name in found:
+            if isinstance(entry, md.ScalarTensor | md.TrellisTensor) and entry.name in found:
                 measured = _measure(reader, source.model, entry, pool, 2 * workers)
                 if measured != reported[entry.name]:
                     problems.append(f'tensor "{escape(entry.name)}": {_difference(measured, reported[entry.name])}')
@@ -72,7 +71,7 @@ def _compare_names(reader: Reader, source: Source) -> list[str]:
 
 def _compare_bytes(reader: Reader, model: ModelDir, tensor: SourceTensor) -> tuple[SourceTensor, list[str]]:
     entry = reader.stored_tensor(tensor.name)
-    expected = entry.source_sha256 if isinstance(entry, md.ScalarTensor) else entry.sections[0].sha256
+    expected = entry.sections[0].sha256 if isinstance(entry, md.RawTensor) else entry.source_sha256
     found = digest_of(model, tensor)
     if found == expected:
         return tensor, []
@@ -81,11 +80,11 @@ def _compare_bytes(reader: Reader, model: ModelDir, tensor: SourceTensor) -> tup
 
 
 def _measure(
-    reader: Reader, model: ModelDir, entry: md.ScalarTensor, pool: ThreadPoolExecutor, ahead: int
+    reader: Reader, model: ModelDir, entry: md.QuantizedTensor, pool: ThreadPoolExecutor, ahead: int
 ) -> TensorReport:
     """The error of a quantized tensor as a conversion measures it."""
-    code, tensor, sums = scalar_code(reader, entry), model.tensors[entry.name], ErrorSums()
-    for chunk_sums in ordered_map(pool, ahead, call, _tasks(reader, model, entry, code, tensor)):
+    sums = ErrorSums()
+    for chunk_sums in ordered_map(pool, ahead, call, _tasks(reader, model, entry)):
         sums.add(chunk_sums)
     closeness = sums.closeness()
     if closeness is None:
@@ -94,22 +93,23 @@ def _measure(
 
 
 def _tasks(
-    reader: Reader, model: ModelDir, entry: md.ScalarTensor, code: ScalarCode, tensor: SourceTensor
+    reader: Reader, model: ModelDir, entry: md.QuantizedTensor
 ) -> Iterator[Callable[[], np.ndarray[tuple[int, int], np.dtype[np.float32]]]]:
-    from .kernels.decode import decoder
     from .kernels.measure import measure
 
-    decode, item_bytes = decoder(code, code.dtype), ITEM_BITS[code.dtype] // 8
+    tensor, item_bytes = model.tensors[entry.name], ITEM_BITS[entry.dtype] // 8
+    # sums are those of the conversion, or these times a power of two, which leaves every ratio as it is
+    exponent = entry.exponent if isinstance(entry, md.ScalarTensor) else min(max(entry.exponent + 28, -126), 112)
 
-    def work(chunk: CodeChunk) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-        items = np.zeros((2, len(chunk.scales) * BLOCK), BIT_PATTERNS[code.dtype])
-        raw = model.read(tensor, chunk.start * item_bytes, chunk.count * item_bytes)
-        items[0, : chunk.count] = np.frombuffer(raw, items.dtype)
-        decode(chunk.packed, chunk.scales, items[1, : chunk.count])
-        return measure(items[0], items[1], code.dtype, code.exponent)
+    def work(piece: Piece) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+        items = np.zeros((2, count_blocks(piece.count) * BLOCK), BIT_PATTERNS[entry.dtype])
+        raw = model.read(tensor, piece.start * item_bytes, piece.count * item_bytes)
+        items[0, : piece.count] = np.frombuffer(raw, items.dtype)
+        piece.decode(items[1, : piece.count])
+        return measure(items[0], items[1], entry.dtype, exponent)
 
-    for chunk in code_chunks(reader, entry):
-        yield partial(work, chunk)
+    for piece in pieces(reader, entry, entry.dtype):
+        yield partial(work, piece)
 
 
 def _difference(measured: TensorReport, reported: TensorReport) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hlwq_formats import metadata as md
+from hlwq_formats import rans
 from hlwq_formats.dtypes import BIT_PATTERNS, NUMPY, widen
 from hlwq_formats.errors import BadTensor, UnsupportedDtype
 from hlwq_formats.layout import BLOCK, numel
@@ -18,6 +19,7 @@ from hlwq_formats.reader import Reader
 
 from .parallel import call, default_workers, ordered_map
 from .quantize import CHUNK, ScalarCode
+from .trellis import TrellisCode
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,67 @@ def code_chunks(reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK) -> 
         yield CodeChunk(start, min(chunk, n - start), packed, some_scales)
 
 
-def decode_tasks(
-    reader: Reader, tensor: md.ScalarTensor, dtype: str, result: NDArray[np.unsignedinteger]
-) -> Iterator[Callable[[], None]]:
-    """Tasks, to be done in any order and by any thread, that write the weights of a tensor to `result`: (numel,)
-    bit patterns of `dtype`, uint32 for F32 and else uint16. What they wrote is verified only at exhaustion."""
+@dataclass(frozen=True)
+class Piece:
+    """A run of weights that can be decoded on its own: `decode` writes (count,) bit patterns, uint32 for F32 and else
+    uint16. What it writes is verified when the iterator that it came from is exhausted."""
+
+    start: int  # flat index of the first weight
+    count: int
+    decode: Callable[[NDArray[np.unsignedinteger]], None]
+
+
+def pieces(reader: Reader, tensor: md.QuantizedTensor, dtype: str) -> Iterator[Piece]:
+    """All weights of a tensor, in order, to be rounded to `dtype`."""
+    if isinstance(tensor, md.ScalarTensor):
+        return _scalar_pieces(reader, tensor, dtype)
+    return _trellis_pieces(reader, tensor, dtype)
+
+
+def _scalar_pieces(reader: Reader, tensor: md.ScalarTensor, dtype: str) -> Iterator[Piece]:
     from .kernels.decode import decoder  # numba takes half a second to import
 
     decode = decoder(scalar_code(reader, tensor), dtype)
     for chunk in code_chunks(reader, tensor):
-        yield partial(decode, chunk.packed, chunk.scales, result[chunk.start : chunk.start + chunk.count])
+        yield Piece(chunk.start, chunk.count, partial(decode, chunk.packed, chunk.scales))
 
 
-def decode_scalar(reader: Reader, tensor: md.ScalarTensor) -> NDArray[np.generic]:
-    """The weights of a scalar tensor in its dtype, in its shape; BF16 as uint16 bit patterns."""
+def trellis_code(reader: Reader, tensor: md.TrellisTensor) -> TrellisCode:
+    """What all chunks of a tensor share, read and verified. What only an encoder needs is zero."""
+    scales, pairs = reader.row_scales(tensor), reader.frequencies(tensor)
+    return TrellisCode(
+        tensor.dtype, tensor.row, tensor.states, 0, np.float32(0), tensor.step, tensor.exponent, scales, pairs,
+        reader.signs(),
+    )  # fmt: skip
+
+
+def _trellis_pieces(reader: Reader, tensor: md.TrellisTensor, dtype: str) -> Iterator[Piece]:
+    from .kernels.trellis import decoder
+
+    n = numel(tensor.shape)
+    decode = decoder(trellis_code(reader, tensor), dtype)
+
+    def decode_group(number: int, chunks: list[bytes], result: NDArray[np.unsignedinteger]) -> None:
+        for chunk in chunks:
+            if not decode(chunk, number * rans.CHUNK, result[: rans.CHUNK]):
+                raise reader.bad_chunk(tensor, number)
+            number, result = number + 1, result[rans.CHUNK :]
+
+    for start, chunks in zip(range(0, n, CHUNK), reader.symbol_chunks(tensor, CHUNK // rans.CHUNK), strict=True):
+        yield Piece(start, min(CHUNK, n - start), partial(decode_group, start // rans.CHUNK, chunks))
+
+
+def decode_tasks(
+    reader: Reader, tensor: md.QuantizedTensor, dtype: str, result: NDArray[np.unsignedinteger]
+) -> Iterator[Callable[[], None]]:
+    """Tasks, to be done in any order and by any thread, that write the weights of a tensor to `result`: (numel,)
+    bit patterns of `dtype`, uint32 for F32 and else uint16. What they wrote is verified only at exhaustion."""
+    for piece in pieces(reader, tensor, dtype):
+        yield partial(piece.decode, result[piece.start : piece.start + piece.count])
+
+
+def decode_quantized(reader: Reader, tensor: md.QuantizedTensor) -> NDArray[np.generic]:
+    """The weights of a quantized tensor in its dtype, in its shape; BF16 as uint16 bit patterns."""
     try:
         result = np.empty(numel(tensor.shape), BIT_PATTERNS[tensor.dtype])
     except MemoryError:
@@ -97,8 +146,8 @@ def get_numpy(reader: Reader, name: str) -> NDArray[np.generic]:
     Raises UnsupportedDtype (69) for 8-bit and smaller floats, which neither NumPy nor float32 stands for.
     """
     tensor = reader.stored_tensor(name)
-    if isinstance(tensor, md.ScalarTensor):
-        values = decode_scalar(reader, tensor)
+    if not isinstance(tensor, md.RawTensor):
+        values = decode_quantized(reader, tensor)
         return widen(values.tobytes(), "BF16").reshape(tensor.shape) if tensor.dtype == "BF16" else values
     if tensor.dtype != "BF16" and tensor.dtype not in NUMPY:
         raise UnsupportedDtype(f"NumPy has no type for {tensor.dtype}", file=reader.path, tensor=name, hint="use torch")

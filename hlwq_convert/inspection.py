@@ -16,6 +16,7 @@ from hlwq_formats.reader import Reader
 
 from .metrics import sqnr_db
 
+QUANTIZED = ("scalar", "trellis")
 _ENTRY_LIMIT = 4096  # bytes of the report for each tensor: a name and two numbers take less
 
 
@@ -42,7 +43,8 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
-    """One tensor; `bytes` are its sections without padding, the errors are null where nothing was measured."""
+    """One tensor; `bytes` are its sections without padding, `bits` the width of fixed-rate codes; the errors are null
+    where nothing was measured."""
 
     name: str
     shape: list[int]
@@ -141,7 +143,7 @@ def _read_report(reader: Reader) -> Report:
     their order, its numbers in range."""
     if md.REPORT not in reader.assets:
         return Report([])
-    names = [t.name for t in reader.metadata.tensors if isinstance(t, md.ScalarTensor)]
+    names = [t.name for t in reader.metadata.tensors if isinstance(t, md.QuantizedTensor)]
     size, limit = md.raw_length(reader.assets[md.REPORT].sections[0]), _ENTRY_LIMIT * (len(names) + 1)
     if size > limit:
         raise BadMetadata(f"{md.REPORT} of {size} bytes, at most {limit} for {len(names)} tensors", file=reader.path)
@@ -176,7 +178,7 @@ def describe(
     tensors = [_describe_tensor(tensor, errors.get(tensor.name)) for tensor in metadata.tensors]
     by_encoding = {
         "scalar": sum(t.bytes for t in tensors if t.encoding == "scalar"),
-        "trellis": 0,
+        "trellis": sum(t.bytes for t in tensors if t.encoding == "trellis"),
         "raw": sum(t.bytes for t in tensors if t.encoding == "raw"),
         "shared": metadata.signs.length if metadata.signs is not None else 0,
         "assets": sum(asset.sections[0].length for asset in metadata.assets),
@@ -188,10 +190,10 @@ def describe(
     cosines = [t.cosine for t in tensors if t.cosine is not None]
     sqnrs = [t.sqnr_db for t in tensors if t.sqnr_db is not None]
     summary = Summary(
-        quantized=sum(t.encoding == "scalar" for t in tensors),
+        quantized=sum(t.encoding in QUANTIZED for t in tensors),
         raw=sum(t.encoding == "raw" for t in tensors),
         aliased=sum(t.encoding == "alias" for t in tensors),
-        unreported=sum(t.encoding == "scalar" and t.name not in errors for t in tensors),
+        unreported=sum(t.encoding in QUANTIZED and t.name not in errors for t in tensors),
         cosine_min=min(cosines, default=None),
         cosine_mean=sum(cosines) / len(cosines) if cosines else None,
         sqnr_db_mean=sum(sqnrs) / len(sqnrs) if sqnrs else None,
@@ -225,6 +227,7 @@ def _lookalikes(names: list[str]) -> list[str]:
 
 def _describe_tensor(tensor: md.Tensor, error: TensorReport | None) -> TensorInfo:
     n = numel(tensor.shape)
+    bits: int | None
     match tensor:
         case md.AliasTensor():
             return TensorInfo(tensor.name, tensor.shape, tensor.dtype, "alias", None, None, 0, f"equals {tensor.of}")
@@ -232,6 +235,8 @@ def _describe_tensor(tensor: md.Tensor, error: TensorReport | None) -> TensorInf
             encoding, bits = "raw", ITEM_BITS[tensor.dtype]
         case md.ScalarTensor():
             encoding, bits = "scalar", tensor.bits
+        case md.TrellisTensor():
+            encoding, bits = "trellis", None
     stored = sum(section.length for section in tensor.sections)
     return TensorInfo(
         tensor.name, tensor.shape, tensor.dtype, encoding, bits, 8 * stored / n if n else None, stored, tensor.reason,

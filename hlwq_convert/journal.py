@@ -46,7 +46,7 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stored tensor: its entry, and for a quantized one what was measured on it."""
 
-    tensor: md.RawTensor | md.ScalarTensor
+    tensor: md.StoredTensor
     report: TensorReport | None = None
     checksums: list[int] = []
 

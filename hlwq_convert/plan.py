@@ -6,12 +6,17 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from msgspec import UNSET
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import WEIGHT_DTYPES
 from hlwq_formats.errors import Usage, escape
-from hlwq_formats.layout import BLOCK, scalar_lengths
+from hlwq_formats.layout import BLOCK, scalar_lengths, trellis_lengths
 from hlwq_formats.safetensors_dir import SourceTensor
+
+from .trellis import row_of
 
 MIN_ELEMENTS = 4096
 EMBEDDING_BITS = 5
@@ -29,10 +34,21 @@ _DELICATE = (
 
 @dataclass(frozen=True)
 class Choice:
-    """How one tensor is stored: at `bits`, or raw when that is None."""
+    """How one tensor is stored: by scalar codes of `bits`, by a trellis with a `step`, or raw when both are None.
+
+    A step is in units of a row's RMS; 0 stands for one that is still to be found.
+    """
 
     bits: int | None
     reason: str
+    step: float | None = None
+
+    @property
+    def encoding(self) -> Literal["raw", "scalar", "trellis"]:
+        """What the entry of the tensor will say."""
+        if self.step is not None:
+            return "trellis"
+        return "raw" if self.bits is None else "scalar"
 
 
 def plan(tensors: Sequence[SourceTensor], recipe: md.Recipe, required: int = 0) -> dict[str, Choice]:
@@ -41,7 +57,9 @@ def plan(tensors: Sequence[SourceTensor], recipe: md.Recipe, required: int = 0) 
     Raises Usage when one of the last `required` rules, those of --set, has no effect on this model; a recipe is
     written for many models, and its own rules may match nothing.
     """
-    choices = {tensor.name: _default_choice(tensor, recipe.bits or EMBEDDING_BITS) for tensor in tensors}
+    variable = recipe.target is not UNSET
+    bits = None if variable else recipe.bits or EMBEDDING_BITS
+    choices = {tensor.name: _default_choice(tensor, bits) for tensor in tensors}
     quantizable = {tensor.name for tensor in tensors if _impossible(tensor) is None}
     optional = len(recipe.rules) - required
     for number, rule in enumerate(recipe.rules):
@@ -66,8 +84,8 @@ def _impossible(tensor: SourceTensor) -> str | None:
     return None
 
 
-def _default_choice(tensor: SourceTensor, bits: int) -> Choice:
-    """What happens to a tensor that no rule names."""
+def _default_choice(tensor: SourceTensor, bits: int | None) -> Choice:
+    """What happens to a tensor that no rule names, at `bits` or, when that is None, at a variable rate."""
     for pattern, why in _DELICATE:
         if tensor.dtype in WEIGHT_DTYPES and pattern.search(tensor.name):
             return Choice(None, why)
@@ -78,6 +96,8 @@ def _default_choice(tensor: SourceTensor, bits: int) -> Choice:
         return Choice(None, f"{rank}-D")
     if rank == 3 and tensor.shape[-1] < _MIN_EXPERT_COLUMNS:
         return Choice(None, f"3-D with under {_MIN_EXPERT_COLUMNS} columns")
+    if bits is None:
+        return Choice(None, "default", 0.0)
     if _EMBEDDING.search(tensor.name) and bits < EMBEDDING_BITS:
         return Choice(EMBEDDING_BITS, "embedding floor")
     return Choice(bits, "default")
@@ -100,9 +120,20 @@ def _useless(rule: md.Rule, names: list[str], choices: dict[str, Choice]) -> Usa
 _UNKNOWN = "0" * 64  # a digest takes its place in the metadata whatever it is
 
 
-def placeholder(tensor: SourceTensor, choice: Choice) -> md.RawTensor | md.ScalarTensor:
-    """The entry of a tensor stored as chosen, without what only its weights can tell."""
+def placeholder(tensor: SourceTensor, choice: Choice, symbols: int = 0) -> md.StoredTensor:
+    """The entry of a tensor stored as chosen, without what only its weights can tell: of a trellis, the bytes of its
+    `symbols` and frequencies."""
     shape = list(tensor.shape)
+    if choice.step is not None:
+        row = row_of(tensor.shape)
+        n_scales, n_chunks = trellis_lengths(tensor.numel, row)
+        chunks = [symbols // n_chunks + (i < symbols % n_chunks) for i in range(n_chunks)]
+        lengths: dict[md.Kind, int] = {"scales": n_scales, "frequencies": 0, "symbols": symbols}
+        sections = [md.Section(kind, length, _UNKNOWN) for kind, length in lengths.items()]
+        sections[-1].chunks = chunks
+        return md.TrellisTensor(
+            tensor.name, tensor.dtype, shape, choice.reason, BLOCK, row, 32, 1 << 23, -30, _UNKNOWN, sections
+        )
     if choice.bits is None:
         section = md.Section("raw", tensor.length, _UNKNOWN)
         return md.RawTensor(tensor.name, tensor.dtype, shape, choice.reason, [section])

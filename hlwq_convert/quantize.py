@@ -51,16 +51,6 @@ class EncodedChunk:
     sums: NDArray[np.float32]  # (4, n_blocks): source energy, decoded energy, their product, error energy
     checksums: NDArray[np.uint32]  # (n_blocks,) of the decoded weights in the tensor's dtype
 
-    @property
-    def finite(self) -> bool:
-        """Whether every decoded weight is."""
-        return bool(np.isfinite(self.sums[1]).all())
-
-    @property
-    def checksum(self) -> int:
-        """One for the chunk."""
-        return combine(self.checksums)
-
 
 def choose_exponent(largest: float) -> int:
     """The tensor's power of two: times 2**-exponent its largest magnitude A lies in [2**15, 2**16).
@@ -85,12 +75,15 @@ def quantize(raw: bytes, code: ScalarCode) -> EncodedChunk:
 
     decoded = narrow(dequantize(packed, scales, code, len(weights)), code.dtype)
     restored = to_blocks(widen(decoded.tobytes(), code.dtype) * to_unit)
+    return EncodedChunk(packed, scales.tobytes(), measure_blocks(blocks, restored), block_checksums(decoded))
+
+
+def measure_blocks(source: NDArray[np.float32], restored: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(4, n_blocks) sums over blocks: source energy, decoded energy, their product, error energy."""
     with np.errstate(invalid="ignore", over="ignore"):  # not finite: the caller keeps the tensor raw
-        error = blocks - restored
-        sums = [
-            block_sums(a * b) for a, b in ((blocks, blocks), (restored, restored), (blocks, restored), (error, error))
-        ]
-    return EncodedChunk(packed, scales.tobytes(), np.stack(sums), block_checksums(decoded))
+        error = source - restored
+        pairs = ((source, source), (restored, restored), (source, restored), (error, error))
+        return np.stack([block_sums(a * b) for a, b in pairs])
 
 
 def dequantize(
@@ -106,6 +99,11 @@ def dequantize(
     scale = scales.astype(np.float32) * power_of_two(code.exponent)
     with np.errstate(over="ignore"):  # the encoder keeps such tensors raw; a stranger's file may hold infinity
         return from_blocks(code.signs * (scale[:, None] * values), count)
+
+
+def all_finite(sums: NDArray[np.float32]) -> bool:
+    """Whether every decoded weight of blocks with these sums is finite."""
+    return bool(np.isfinite(sums[1]).all())
 
 
 def block_checksums(decoded: NDArray[np.generic]) -> NDArray[np.uint32]:

@@ -39,14 +39,21 @@ def builtin_recipes() -> list[str]:
 
 
 def make_recipe(
-    bits: int | None = None, recipe: str | None = None, sets: Sequence[str] = (), effort: str = "default"
+    bits: int | None = None,
+    recipe: str | None = None,
+    sets: Sequence[str] = (),
+    effort: str = "default",
+    target: str | None = None,
 ) -> md.Recipe:
-    """Combine the options into a recipe; rules of `sets` come last, and the last rule that matches wins.
+    """Combine the options into a recipe; rules of `sets` come last, and the last rule that matches wins. With a
+    `target`, a size in words, what no rule names is coded at a variable rate.
 
     Raises Usage for anything that cannot be meant, MissingInput for a recipe that is not there.
     """
     if recipe is not None and bits is not None:
         raise Usage("--bits and --recipe exclude each other", hint="set `default` in the recipe")
+    if target is not None and (bits is not None or recipe is not None):
+        raise Usage("--bpw and --size exclude --bits and --recipe", hint="bound single tensors with --min-bits")
     if effort not in EFFORTS:
         raise Usage(f"effort is {escape(str(effort))}, expected {' or '.join(EFFORTS)}")
     name, default, rules = None, bits if bits is not None else DEFAULT_BITS, []
@@ -59,6 +66,8 @@ def make_recipe(
         if not separator or not pattern:
             raise Usage(f"--set {escape(option)}: expected REGEX=BITS or REGEX=raw")
         rules.append(_rule(pattern, value, f"--set {escape(option)}"))
+    if target is not None:
+        return md.Recipe(name=None, bits=None, effort=effort, rules=rules, target=target)
     default = _check_bits(default, "--bits" if name is None else f"recipe {name}: default")
     return md.Recipe(name=name, bits=default, effort=effort, rules=rules)
 
@@ -84,13 +93,18 @@ def _load(recipe: str) -> tuple[str, _RecipeFile]:
         raise Usage(f"not a recipe: {escape(str(error))}", file=recipe) from None
 
 
-def _rule(pattern: str, bits: int | str, where: str) -> md.Rule:
+def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
+    """A regular expression of a user; Usage when it is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)  # of an expression that will mean something else
-            re.compile(pattern)
+            return re.compile(pattern)
     except (re.error, OverflowError, RecursionError, FutureWarning) as error:
         raise Usage(f"{where}: not a regular expression: {escape(str(error))}") from None
+
+
+def _rule(pattern: str, bits: int | str, where: str) -> md.Rule:
+    compile_pattern(pattern, where)
     if len(pattern) > _MAX_PATTERN or any(char < " " or char == "\x7f" for char in pattern):
         raise Usage(f"{where}: an expression has at most {_MAX_PATTERN} characters and no control characters")
     if bits == "raw":

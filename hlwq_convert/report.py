@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
+from msgspec import UNSET
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -44,7 +45,7 @@ def tensor_table(tensors: list[TensorInfo]) -> Table:
             "x".join(map(str, tensor.shape)) or "0-d",
             tensor.dtype,
             tensor.encoding,
-            _number(tensor.bits, "d"),
+            _number(tensor.bits, "d") if tensor.encoding != "trellis" else _number(tensor.bpw, ".2f"),
             f"{tensor.bytes:,}",
             _number(tensor.cosine, ".5f"),
             _number(tensor.sqnr_db, ".2f"),
@@ -61,6 +62,8 @@ def totals(inspection: Inspection) -> str:
     origin = f"{source.repo}@{source.revision}" if source.repo else f"{len(source.files)} local files"
     recipe = inspection.metadata.recipe
     width = "raw" if recipe.bits is None else f"{recipe.bits} bits"
+    if recipe.target is not UNSET:
+        width = escape(recipe.target)
     lines = [
         f"{s.quantized} quantized, {s.raw} raw, {s.aliased} aliased; {inspection.weights:,} weights in "
         f"{human_bytes(inspection.file_bytes)}, {_number(inspection.bpw, '.3f')} bits a weight",

@@ -31,7 +31,7 @@ def fingerprint(source: Source, recipe: md.Recipe, planned: Planned, nonfinite: 
         return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:32]
 
     tensors = [(t.name, t.dtype, t.shape, t.file, t.offset, t.length) for t in source.tensors]
-    choices = [(t.name, choice.bits, choice.reason) for t, choice in planned]
+    choices = [(t.name, choice.bits, choice.step, choice.reason) for t, choice in planned]
     return Fingerprint(
         tool=digest(__version__, zstd_version()),
         options=digest(recipe, choices, nonfinite),
@@ -77,6 +77,8 @@ def _match(earlier: list[Done], planned: Planned, position: int) -> Iterator[tup
         lengths = {("raw", tensor.length)}
         if isinstance(entry, md.ScalarTensor) and choice.bits is not None:
             lengths = set(scalar_lengths(tensor.numel, choice.bits).items())
+        elif isinstance(entry, md.TrellisTensor) and choice.step is not None:  # what else there is, only the file tells
+            lengths = {(section.kind, section.length) for section in entry.sections}
         if (entry.name, entry.dtype, tuple(entry.shape)) != (tensor.name, tensor.dtype, tensor.shape):
             return
         if {(section.kind, section.length) for section in entry.sections} != lengths:
@@ -86,7 +88,7 @@ def _match(earlier: list[Done], planned: Planned, position: int) -> Iterator[tup
             position = align(position) + section.length
 
 
-def _is_stored(writer: Writer, entry: md.RawTensor | md.ScalarTensor, position: int) -> bool:
+def _is_stored(writer: Writer, entry: md.StoredTensor, position: int) -> bool:
     for section in entry.sections:
         start = align(position)
         if not writer.holds(section, start):
@@ -95,5 +97,5 @@ def _is_stored(writer: Writer, entry: md.RawTensor | md.ScalarTensor, position: 
     return True
 
 
-def _source_digest(entry: md.RawTensor | md.ScalarTensor) -> str:
-    return entry.source_sha256 if isinstance(entry, md.ScalarTensor) else entry.sections[0].sha256
+def _source_digest(entry: md.StoredTensor) -> str:
+    return entry.sections[0].sha256 if isinstance(entry, md.RawTensor) else entry.source_sha256

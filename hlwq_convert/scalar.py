@@ -18,7 +18,7 @@ GAINS = tuple(np.float32(0.88 + 0.03 * i) for i in range(9))
 """Multiples of the block's RMS that the search tries: .88, .91, ..., 1.12."""
 
 Effort = str
-EFFORTS = ("default", "fast")
+EFFORTS = ("default", "fast", "best")
 
 
 def gains_of(effort: Effort) -> NDArray[np.float32]:

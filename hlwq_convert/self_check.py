@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import BIT_PATTERNS, ITEM_BITS
 from hlwq_formats.errors import SelfCheckFailed
-from hlwq_formats.layout import BLOCK
+from hlwq_formats.layout import BLOCK, count_blocks
 from hlwq_formats.reader import Reader
 
-from .decode import CodeChunk, code_chunks, scalar_code
+from .decode import Piece, pieces
 from .parallel import call, ordered_map
-from .quantize import ScalarCode, combine
+from .quantize import combine
 
 
 def self_check(
@@ -39,10 +39,9 @@ def _tasks(reader: Reader, checksums: dict[str, list[int]]) -> Iterator[Callable
         match tensor:
             case md.RawTensor():
                 yield partial(_check_raw, reader, tensor)
-            case md.ScalarTensor():
-                code, expected = scalar_code(reader, tensor), checksums[tensor.name]
-                for i, chunk in enumerate(code_chunks(reader, tensor)):
-                    yield partial(_check_chunk, reader.path, tensor.name, code, chunk, expected[i])
+            case md.ScalarTensor() | md.TrellisTensor():
+                for piece, expected in zip(pieces(reader, tensor, tensor.dtype), checksums[tensor.name], strict=True):
+                    yield partial(_check_piece, reader.path, tensor, piece, expected)
 
 
 def _check_raw(reader: Reader, tensor: md.RawTensor) -> int:
@@ -50,19 +49,18 @@ def _check_raw(reader: Reader, tensor: md.RawTensor) -> int:
     return tensor.sections[0].length
 
 
-def _check_chunk(file: str, name: str, code: ScalarCode, chunk: CodeChunk, expected: int) -> int:
+def _check_piece(file: str, tensor: md.QuantizedTensor, piece: Piece, expected: int) -> int:
     from .kernels.checksum import checksums
-    from .kernels.decode import decoder
 
-    bits: NDArray[np.unsignedinteger] = np.empty(len(chunk.scales) * BLOCK, BIT_PATTERNS[code.dtype])
-    bits[chunk.count :] = 0
-    decoder(code, code.dtype)(chunk.packed, chunk.scales, bits[: chunk.count])
+    bits: NDArray[np.unsignedinteger] = np.empty(count_blocks(piece.count) * BLOCK, BIT_PATTERNS[tensor.dtype])
+    bits[piece.count :] = 0
+    piece.decode(bits[: piece.count])
     found = combine(checksums(bits))
     if found != expected:
         raise SelfCheckFailed(
-            f"weights from {chunk.start} decode to checksum {found:08x}, encoded were {expected:08x}; "
+            f"weights from {piece.start} decode to checksum {found:08x}, encoded were {expected:08x}; "
             "nothing was published",
             file=file,
-            tensor=name,
+            tensor=tensor.name,
         )
-    return chunk.count * ITEM_BITS[code.dtype] // 8
+    return piece.count * ITEM_BITS[tensor.dtype] // 8

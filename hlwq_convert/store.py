@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 
+import msgspec
+
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import ITEM_BITS
 from hlwq_formats.errors import BadSafetensors, escape
@@ -21,9 +23,10 @@ from .inspection import TensorReport
 from .metrics import ErrorSums
 from .parallel import call, ordered_map
 from .plan import Choice
-from .quantize import CHUNK, EncodedChunk
+from .quantize import CHUNK, EncodedChunk, ScalarCode, all_finite, combine
 from .scalar import Effort
 from .survey import Surveyed, survey
+from .trellis import EncodedIndices, TrellisCode
 
 _RAW_PIECE = 4 << 20
 _MOSTLY = 0.999
@@ -52,14 +55,14 @@ class Piece:
 
     of: Surveyed
     source_bytes: int
-    content: EncodedChunk | bytes
+    content: EncodedChunk | EncodedIndices | bytes
 
 
 class CannotDecode(Exception):
     """A tensor at an end of the float range: its decoding would overflow, or all of it vanish."""
 
 
-def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Choice]]) -> Iterator[md.RawTensor | md.ScalarTensor]:
+def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Choice]]) -> Iterator[md.StoredTensor]:
     """Store tensors in the given order and yield their entries."""
 
     def look(item: tuple[SourceTensor, Choice]) -> Surveyed:
@@ -82,23 +85,23 @@ def _places(of: Surveyed) -> Iterator[tuple[int, int]]:
 def _read_piece(model: ModelDir, of: Surveyed, start: int, length: int) -> Piece:
     raw = model.read(of.tensor, start, length)
     if of.encode is not None:
-        return Piece(of, length, of.encode(raw))
+        return Piece(of, length, of.encode(raw, start * 8 // ITEM_BITS[of.tensor.dtype]))
     if of.tensor.dtype == "BOOL" and max(raw, default=0) > 1:
         raise BadSafetensors(f"a boolean is {max(raw)}, expected 0 or 1", file=of.tensor.file, tensor=of.tensor.name)
     return Piece(of, length, raw)
 
 
-def _write_tensor(run: Run, of: Surveyed, pieces: Iterable[Piece]) -> md.RawTensor | md.ScalarTensor:
+def _write_tensor(run: Run, of: Surveyed, pieces: Iterable[Piece]) -> md.StoredTensor:
     """Store one tensor as chosen, or raw where it cannot be quantized."""
     if of.code is None:
         return _write_raw(run, of, pieces)
     position = run.writer.position
     try:
-        return _write_scalar(run, of, pieces)
+        return _write_quantized(run, of, of.code, pieces)
     except CannotDecode as error:
         run.writer.rewind(position)
         run.step(-of.tensor.length)
-        raw = Surveyed(of.tensor, f"at {of.code.bits} bits it would decode to {error}")
+        raw = Surveyed(of.tensor, f"quantized it would decode to {error}")
         return _write_raw(run, raw, (_read_piece(run.model, raw, *place) for place in _places(raw)))
 
 
@@ -112,20 +115,23 @@ def _write_raw(run: Run, of: Surveyed, pieces: Iterable[Piece]) -> md.RawTensor:
     return md.RawTensor(tensor.name, tensor.dtype, list(tensor.shape), of.reason, [section.done()])
 
 
-def _write_scalar(run: Run, of: Surveyed, pieces: Iterable[Piece]) -> md.ScalarTensor:
-    tensor, code = of.tensor, of.code
-    assert code is not None
-    sections = {kind: run.writer.open_section(kind, n) for kind, n in scalar_lengths(tensor.numel, code.bits).items()}
-    sections["levels"].write(code.levels.tobytes())
+def _write_quantized(
+    run: Run, of: Surveyed, code: ScalarCode | TrellisCode, pieces: Iterable[Piece]
+) -> md.QuantizedTensor:
+    tensor = of.tensor
+    put: Put
+    finish: Callable[[], md.QuantizedTensor]
+    put, finish = (
+        _open_scalar(run.writer, of, code) if isinstance(code, ScalarCode) else _open_trellis(run.writer, of, code)
+    )
     sums, checksums, finite = ErrorSums(), [], True
     for piece in pieces:
         chunk = piece.content
-        assert isinstance(chunk, EncodedChunk)
-        sections["codes"].write(chunk.codes)
-        sections["scales"].write(chunk.scales)
+        assert not isinstance(chunk, bytes)
+        put(chunk)
         sums.add(chunk.sums)
-        checksums.append(chunk.checksum)
-        finite &= chunk.finite
+        checksums.append(combine(chunk.checksums))
+        finite &= all_finite(chunk.sums)
         run.step(piece.source_bytes)
     if not finite:
         raise CannotDecode("infinity")
@@ -138,7 +144,51 @@ def _write_scalar(run: Run, of: Surveyed, pieces: Iterable[Piece]) -> md.ScalarT
     cosine, rel_mse = (None, None) if closeness is None else (closeness.cosine, closeness.rel_mse)
     run.report.append(TensorReport(tensor.name, cosine, rel_mse))
     run.checksums[tensor.name] = checksums
-    return md.ScalarTensor(
-        tensor.name, tensor.dtype, list(tensor.shape), of.reason, code.bits, BLOCK, code.exponent, of.sha256,
-        [section.done() for section in sections.values()],
-    )  # fmt: skip
+    return finish()
+
+
+Put = Callable[[EncodedChunk | EncodedIndices], None]
+
+
+def _open_scalar(writer: Writer, of: Surveyed, code: ScalarCode) -> tuple[Put, Callable[[], md.ScalarTensor]]:
+    """Begin a tensor of scalar codes: what takes its chunks, and what makes its entry."""
+    tensor = of.tensor
+    sections = {kind: writer.open_section(kind, n) for kind, n in scalar_lengths(tensor.numel, code.bits).items()}
+    sections["levels"].write(code.levels.tobytes())
+
+    def put(chunk: EncodedChunk | EncodedIndices) -> None:
+        assert isinstance(chunk, EncodedChunk)
+        sections["codes"].write(chunk.codes)
+        sections["scales"].write(chunk.scales)
+
+    def finish() -> md.ScalarTensor:
+        return md.ScalarTensor(
+            tensor.name, tensor.dtype, list(tensor.shape), of.reason, code.bits, BLOCK, code.exponent, of.sha256,
+            [section.done() for section in sections.values()],
+        )  # fmt: skip
+
+    return put, finish
+
+
+def _open_trellis(writer: Writer, of: Surveyed, code: TrellisCode) -> tuple[Put, Callable[[], md.TrellisTensor]]:
+    """Begin a tensor of a trellis: what takes its chunks, and what makes its entry."""
+    tensor, lengths = of.tensor, list[int]()
+    sections = [
+        writer.write_section("scales", code.row_scales.tobytes(), compress=True),
+        writer.write_section("frequencies", code.pairs.astype("<u2").tobytes(), compress=True),
+    ]
+    symbols = writer.open_section("symbols", None)
+
+    def put(chunk: EncodedChunk | EncodedIndices) -> None:
+        assert isinstance(chunk, EncodedIndices)
+        for data in chunk.chunks:
+            symbols.write(data)
+            lengths.append(len(data))
+
+    def finish() -> md.TrellisTensor:
+        return md.TrellisTensor(
+            tensor.name, tensor.dtype, list(tensor.shape), of.reason, BLOCK, code.row, code.states, code.step,
+            code.step_exponent, of.sha256, [*sections, msgspec.structs.replace(symbols.done(), chunks=lengths)],
+        )  # fmt: skip
+
+    return put, finish

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hlwq_formats.dtypes import ITEM_BITS, widen
 from hlwq_formats.errors import NonFinite
 from hlwq_formats.layout import BLOCK, count_blocks
+from hlwq_formats.rans import SEGMENT
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 
 from .codebook import GROUP, sample_groups
@@ -23,8 +25,13 @@ from .plan import Choice
 from .quantize import EncodedChunk, ScalarCode, choose_exponent
 from .rotate import sign_vector
 from .scalar import Effort
+from .trellis import STATES, EncodedIndices, TrellisCode, fit, is_storable, plain_code, row_of, row_scales
 
 _PIECE = 1 << 20  # bytes; what was read is hashed while it is in the core's cache
+
+
+Encode = Callable[[bytes, int], EncodedChunk | EncodedIndices]
+"""Encode source bytes, given the flat index of their first weight."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +41,8 @@ class Surveyed:
     tensor: SourceTensor
     reason: str
     sha256: str = ""
-    code: ScalarCode | None = None  # None: raw
-    encode: Callable[[bytes], EncodedChunk] | None = None
+    code: ScalarCode | TrellisCode | None = None  # None: raw
+    encode: Encode | None = None
     zeros: int = 0
 
 
@@ -50,12 +57,12 @@ def survey(
 
     Raises NonFinite (65) for NaN or infinity, unless `nonfinite` is "raw": then the tensor stays raw.
     """
-    if choice.bits is None:
+    if choice.bits is None and choice.step is None:
         return Surveyed(tensor, choice.reason)
-    from .kernels.encode import encoder
-    from .kernels.fit import fit
-    from .kernels.survey import survey_weights
+    from .kernels.survey import RowEnergies, survey_weights
 
+    row = row_of(tensor.shape)
+    energies = RowEnergies(tensor.dtype, row, tensor.numel // row) if choice.step is not None else None
     digest, largest, zeros = hashlib.sha256(), 0.0, 0
     for raw in model.read_pieces(tensor, _pieces(tensor)):
         if stop.is_set():
@@ -65,25 +72,60 @@ def survey(
         if not np.isfinite(found):
             return Surveyed(tensor, _explain_nonfinite(model, tensor, nonfinite))
         largest, zeros = max(largest, found), zeros + more_zeros
-    exponent, signs = choose_exponent(largest), sign_vector()
-    levels = fit(_sample(model, tensor), tensor.dtype, exponent, signs, choice.bits)
-    code = ScalarCode(tensor.dtype, choice.bits, exponent, levels, signs, effort)
-    return Surveyed(tensor, choice.reason, digest.hexdigest(), code, encoder(code), zeros)
+        if energies is not None:
+            energies.add(raw)
+    exponent = choose_exponent(largest)
+    code: ScalarCode | TrellisCode
+    if energies is not None and choice.step is not None:
+        scales = row_scales(energies.energies, row, exponent)
+        code, encode = _fit_trellis(model, tensor, exponent, choice.step, scales, effort)
+        if not is_storable(code):
+            return Surveyed(tensor, f"its weights of up to {largest:g} are at an end of the range of floats")
+    else:
+        code, encode = _fit_scalar(model, tensor, exponent, choice.bits or 0, effort)
+    return Surveyed(tensor, choice.reason, digest.hexdigest(), code, encode, zeros)
+
+
+def _fit_scalar(
+    model: ModelDir, tensor: SourceTensor, exponent: int, bits: int, effort: Effort
+) -> tuple[ScalarCode, Encode]:
+    from .kernels.encode import encoder
+    from .kernels.fit import fit
+
+    signs = sign_vector()
+    sample = b"".join(raw for _, raw in _sample(model, tensor))
+    code = ScalarCode(tensor.dtype, bits, exponent, fit(sample, tensor.dtype, exponent, signs, bits), signs, effort)
+    encode = encoder(code)
+    return code, lambda raw, start: encode(raw)
+
+
+def _fit_trellis(
+    model: ModelDir, tensor: SourceTensor, exponent: int, step: float, scales: NDArray[np.uint8], effort: Effort
+) -> tuple[TrellisCode, Encode]:
+    from .kernels.trellis import encoder, load_steps, search_segments
+
+    row, states = row_of(tensor.shape), STATES[effort]
+    code = plain_code(tensor.dtype, row, states, exponent, step, scales, sign_vector())
+    steps = np.concatenate([load_steps(raw, start, code) for start, raw in _sample(model, tensor)])
+    segments = np.zeros((-(-len(steps) // SEGMENT), SEGMENT), np.float32)
+    segments.ravel()[: len(steps)] = steps
+    indices = search_segments(segments, np.float32(1), states)
+    code = fit(code, steps, indices.ravel()[: len(steps)])
+    return code, encoder(code)
 
 
 def _pieces(tensor: SourceTensor) -> list[tuple[int, int]]:
     return [(start, min(_PIECE, tensor.length - start)) for start in range(0, tensor.length, _PIECE)]
 
 
-def _sample(model: ModelDir, tensor: SourceTensor) -> bytes:
-    """The bytes of the blocks that the codebook is fitted on."""
-    block_bytes = BLOCK * ITEM_BITS[tensor.dtype] // 8
+def _sample(model: ModelDir, tensor: SourceTensor) -> Iterator[tuple[int, bytes]]:
+    """The blocks that codebook or frequencies are fitted on: flat index of the first weight of a run, and its bytes."""
+    item_bytes = ITEM_BITS[tensor.dtype] // 8
     groups = sample_groups(count_blocks(tensor.numel))
-    if groups.step == GROUP:  # every block
-        return model.read(tensor, 0, tensor.length)
-    starts = (first * block_bytes for first in groups)
-    size = GROUP * block_bytes
-    return b"".join(model.read_pieces(tensor, ((at, min(size, tensor.length - at)) for at in starts)))
+    size = tensor.length if groups.step == GROUP else GROUP * BLOCK * item_bytes  # every block, or a group
+    starts = [0] if groups.step == GROUP else [first * BLOCK for first in groups]
+    places = ((at * item_bytes, min(size, tensor.length - at * item_bytes)) for at in starts)
+    return zip(starts, model.read_pieces(tensor, places), strict=True)
 
 
 def _explain_nonfinite(model: ModelDir, tensor: SourceTensor, nonfinite: str) -> str:

@@ -7,11 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadData, escape
 from hlwq_formats.reader import Reader
 
+from .decode import pieces
 from .parallel import call, default_workers, ordered_map
 
 
@@ -56,9 +59,15 @@ def _tasks(reader: Reader) -> Iterator[Callable[[], tuple[list[Damage], int]]]:
     for tensor in reader.metadata.tensors:
         if not isinstance(tensor, md.AliasTensor):
             size = sum(section.length for section in tensor.sections)
-            yield partial(_look, "tensor", tensor.name, partial(reader.verify_tensor, tensor), size)
+            check = partial(reader.verify_tensor, tensor, partial(_check_symbols, reader))
+            yield partial(_look, "tensor", tensor.name, check, size)
     for name, asset in reader.assets.items():
         yield partial(_look, "asset", name, partial(reader.read_asset, name), asset.sections[0].length)
+
+
+def _check_symbols(reader: Reader, tensor: md.TrellisTensor, pairs: NDArray[np.uint16]) -> None:
+    for piece in pieces(reader, tensor, "BF16"):
+        piece.decode(np.empty(piece.count, np.uint16))
 
 
 def _look(kind: str, name: str, look: Callable[[], object], size: int) -> tuple[list[Damage], int]:

@@ -35,7 +35,7 @@ from fuzz_seeds import (
     vectors,
 )
 
-from hlwq_convert.decode import decode_scalar, get_numpy
+from hlwq_convert.decode import decode_quantized, get_numpy
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import ITEM_BITS, NUMPY
 from hlwq_formats.errors import MAX_MESSAGE, BadData, BadDigest, BadFrames, HlwqError, UnsupportedDtype
@@ -122,7 +122,7 @@ def read_container(data: bytes) -> None:
 def read_metadata(data: bytes) -> None:
     """Decode and check a metadata document, as that of this minor version or of the next one."""
     document = md.decode_canonical(data, md.Metadata, zlib.crc32(data) & 1, "metadata")
-    validate(document, "metadata")
+    validate(document, md.incompat_of(document), "metadata")
     require(md.encode(document) == data, "there is one way to write a document")
     md.content_id(document)
     require(all(s.length < 1 << 53 for _, _, s in md.all_sections(document)), "lengths are bounded")
@@ -234,7 +234,7 @@ def compare_readers(data: bytes) -> None:
                 if isinstance(tensor, md.RawTensor):
                     require(b"".join(reader.raw_chunks(tensor)) == expected, "raw bytes")
                 elif numel(tensor.shape) <= SMALL:
-                    require(decode_scalar(reader, tensor).tobytes() == expected, "weights")
+                    require(decode_quantized(reader, tensor).tobytes() == expected, "weights")
     except HlwqError as error:
         if other is not None:
             raise Violation(f"the second reader accepts what we refuse: {error}") from None

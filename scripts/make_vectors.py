@@ -23,11 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 from vectors_bad import FIELDS, Fault, Object, Parts, bad, empty, sha256, unsupported, zstd_frame
 
+from hlwq_convert import trellis
+from hlwq_convert.decode import trellis_code
 from hlwq_convert.normal_levels import normal_levels
 from hlwq_convert.quantize import ScalarCode, dequantize, power_of_two, quantize
 from hlwq_convert.rotate import fwht, sign_vector, to_blocks
 from hlwq_convert.scalar import encode
 from hlwq_formats import metadata as md
+from hlwq_formats import rans
 from hlwq_formats.bitpack import pack, unpack
 from hlwq_formats.dtypes import ITEM_BITS, WEIGHT_DTYPES, narrow, widen
 from hlwq_formats.layout import BLOCK, count_blocks, numel
@@ -64,6 +67,76 @@ def widths(bits: int) -> Parts:
     parts = empty(signs=True)
     for i, shape in enumerate(SIZES):
         add_scalar(parts, f"w{i}", WEIGHT_DTYPES[(i + bits) % 3], shape, bits)
+    return parts
+
+
+def add_trellis(
+    parts: Parts, name: str, dtype: str, shape: list[int], row: int, states: int, pairs: list[int], **options: Any
+) -> None:
+    """A trellis tensor whose numbers k are drawn: `spread` bounds them, `far` of them are up to 40,000 larger;
+    `scales` (bytes) and `exponent` are options."""
+    count = count_blocks(numel(shape)) * BLOCK
+    spread, far = options.get("spread", 2), options.get("far", 0)
+    drawn_k = (
+        np.frombuffer(drawn(f"{name} {states} symbols", count), np.uint8).astype(np.int32) % (2 * spread + 1) - spread
+    )
+    k = np.zeros(-(-count // rans.SEGMENT) * rans.SEGMENT, np.int32)
+    k[:count] = drawn_k
+    k[: far * 97 : 97] += np.linspace(-40_000, 40_000, far).astype(np.int32)
+    segments, state = k.reshape(-1, rans.SEGMENT), np.zeros(-(-count // rans.SEGMENT), np.uint32)
+    indices = np.empty_like(segments)
+    for t in range(rans.SEGMENT):
+        indices[:, t] = 2 * segments[:, t] + (state & 1).astype(np.int32)
+        state = rans.next_state(state, segments[:, t].astype(np.uint32), states)
+    flat, tables = indices.ravel()[:count], rans.make_tables(np.array(pairs, np.uint16))
+    chunks = [rans.encode(flat[at : at + rans.CHUNK], tables) for at in range(0, count, rans.CHUNK)]
+    n_rows = numel(shape) // row
+    scales = options.get("scales") or bytes(64 + b % 64 for b in drawn(f"{name} scales", n_rows))
+    stored = np.resize(np.frombuffer(scales, np.uint8), n_rows).tobytes()
+    exponent = options.get("exponent", -30)
+    parts.trellis(name, dtype, shape, row, states, exponent, stored, np.array(pairs, "<u2").tobytes(), chunks)
+
+
+PAIRS = [5000, 3000, 1800, 1200, 800, 900]
+
+
+def trellis_sizes(states: int) -> Parts:
+    """One trellis at every size, the dtypes in turn, and a little more than one group of 32 segments."""
+    parts = empty(signs=True)
+    for i, shape in enumerate([*SIZES, [33, 1024], [35, 960]]):
+        add_trellis(parts, f"w{i}", WEIGHT_DTYPES[i % 3], shape, shape[-1], states, PAIRS)
+    return parts
+
+
+def trellis_rows() -> Parts:
+    """Rows of any length, one row for all, scales of 0, subnormal, largest and compressed; no signs."""
+    parts = empty()
+    scales = bytes([0, 1, 7, 8, 64, 247])
+    for i, row in enumerate((1, 50, 120, 300, 3600)):
+        add_trellis(parts, f"w{i}", WEIGHT_DTYPES[i % 3], [12, 300], row, 8, PAIRS, scales=scales)
+    add_trellis(parts, "w5", "BF16", [300, 12], 12, 8, PAIRS, scales=b"a")
+    parts.compress_scales(zstd_frame(300), b"a" * 300)
+    return parts
+
+
+def trellis_symbols() -> Parts:
+    """Escapes, far ones among them, frequencies of one kind alone, and two chunks."""
+    parts = empty(signs=True)
+    add_trellis(parts, "escapes", "BF16", [4, 512], 512, 32, [9000, 4000], spread=6, far=9)
+    add_trellis(parts, "few", "F16", [3, 384], 384, 8, [1, 1])
+    add_trellis(parts, "many", "F32", [3, 384], 384, 8, [16] * 500, spread=250)
+    add_trellis(parts, "two-chunks", "BF16", [261, 1024], 1024, 8, [16000, 8191], spread=0, far=2000)
+    return parts
+
+
+def trellis_extremes() -> Parts:
+    """Both ends of the exponent in every dtype: overflow, underflow and -0."""
+    parts = empty(signs=True)
+    scales = bytes([0, 1, 7, 8, 120, 247])
+    for dtype in WEIGHT_DTYPES:
+        for exponent in (-149, -60, -23, 88):
+            add_trellis(parts, f"{dtype}.{exponent + 149:03}", dtype, [6, 128], 128, 8, PAIRS, scales=scales,
+                        exponent=exponent)  # fmt: skip
     return parts
 
 
@@ -160,7 +233,12 @@ def good() -> Iterator[tuple[str, bytes]]:
         yield f"bits-{bits}", widths(bits).build()
     yield "nothing", empty().build()
     yield "compat-bit", smallest().build(compat=1 << 63 | 1)
-    yield "minor-1", smallest().build(minor=1)
+    yield "minor-2", smallest().build(minor=2)
+    for states in rans.TRELLISES:
+        yield f"trellis-{states}", trellis_sizes(states).build()
+    yield "trellis-rows", trellis_rows().build()
+    yield "trellis-symbols", trellis_symbols().build()
+    yield "trellis-extremes", trellis_extremes().build()
 
 
 # --- what a reader must find in them ------------------------------------------------------------------
@@ -171,11 +249,23 @@ def decode_tensor(reader: Reader, name: str) -> bytes:
     tensor = reader.stored_tensor(name)
     if isinstance(tensor, md.RawTensor):
         return b"".join(reader.raw_chunks(tensor))
+    if isinstance(tensor, md.TrellisTensor):
+        return narrow(decode_trellis(reader, tensor), tensor.dtype).tobytes()
     code = ScalarCode(tensor.dtype, tensor.bits, tensor.exponent, reader.levels(tensor), reader.signs())
     codes = reader.read_section("tensor", tensor.name, "codes")
     scales = np.concatenate(list(reader.scale_chunks(tensor, 1 << 20)))
     values = dequantize(codes, scales, code, numel(tensor.shape))
     return narrow(values, tensor.dtype).tobytes()
+
+
+def decode_trellis(reader: Reader, tensor: md.TrellisTensor) -> NDArray[np.float32]:
+    """The weights of a trellis tensor by the reference."""
+    code, left = trellis_code(reader, tensor), count_blocks(numel(tensor.shape)) * BLOCK
+    tables, parts = rans.make_tables(code.pairs), []
+    for (chunk,) in reader.symbol_chunks(tensor):
+        parts.append(rans.decode(chunk, min(left, rans.CHUNK), tables, tensor.states))
+        left -= rans.CHUNK
+    return trellis.dequantize(np.concatenate(parts), 0, code, numel(tensor.shape))
 
 
 def describe(data: bytes) -> Object:

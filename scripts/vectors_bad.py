@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from hlwq_convert.rotate import SIGN_BYTES
+from hlwq_formats import rans
 
 Object = dict[str, Any]
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -72,6 +75,26 @@ class Parts:
             "sections": [self.section(kind, data) for kind, data in stored],
         })  # fmt: skip
 
+    def trellis(
+        self, name: str, dtype: str, shape: list[int], row: int, states: int, exponent: int, scales: bytes,
+        frequencies: bytes, chunks: list[bytes],
+    ) -> None:  # fmt: skip
+        """Append a trellis tensor, whose step is 3 * 2**22."""
+        stored = [("scales", scales), ("frequencies", frequencies), ("symbols", b"".join(chunks))]
+        sections = [self.section(kind, data) for kind, data in stored]
+        sections[-1]["chunks"] = [len(chunk) for chunk in chunks]
+        self.tensors.append({
+            "encoding": "trellis", "name": name, "dtype": dtype, "shape": shape, "reason": "vector", "block": 128,
+            "row": row, "states": states, "step": 3 << 22, "exponent": exponent, "source_sha256": sha256(b"none"),
+            "sections": sections,
+        })  # fmt: skip
+
+    def compress_scales(self, frame: bytes, data: bytes) -> None:
+        """Store the scales of the trellis tensor that was added last as a zstd frame of `data`."""
+        self.blobs[-3] = frame
+        zstd = {"frames": [len(frame)], "raw_length": len(data), "raw_sha256": sha256(data)}
+        self.tensors[-1]["sections"][0].update(length=len(frame), sha256=sha256(frame), zstd=zstd)
+
     def alias(self, name: str, dtype: str, shape: list[int], of: str) -> None:
         """Append an alias."""
         self.tensors.append({"encoding": "alias", "name": name, "dtype": dtype, "shape": shape, "of": of})
@@ -100,6 +123,8 @@ class Parts:
 
     def build(self, **header: Any) -> bytes:
         """The file; keyword arguments overwrite fields of the header."""
+        if any(tensor.get("encoding") == "trellis" for tensor in self.tensors):
+            header = {"minor": 1, "incompat": 2, **header}
         return layout(canonical(self.document), self.blobs, **header)
 
 
@@ -486,10 +511,96 @@ def value_faults() -> Iterator[Fault]:
         yield edited(f"value-{name}", "BadValues", fault, edit)
 
 
+def trellis_base() -> Parts:
+    """One trellis tensor of two blocks and two rows, all of its indices 0: a chunk of a state and nothing else would
+    need the frequency 2**14, so there are some words."""
+    parts = empty()
+    pairs = np.array([8000, 2000], "<u2")
+    chunk = rans.encode(np.zeros(256, np.int32), rans.make_tables(pairs))
+    parts.trellis("t", "F32", [2, 100], 100, 8, -30, b"\x40\x48", pairs.tobytes(), [chunk])
+    return parts
+
+
+ROW_SCALES, FREQUENCIES, SYMBOLS = range(3)  # sections of `trellis_base`
+
+
+def trellis_faults() -> Iterator[Fault]:
+    """Everything that is special to the encoding trellis."""
+
+    def wrong(name: str, error: str, fault: str, edit: Callable[[Parts], object], **header: Any) -> Fault:
+        parts = trellis_base()
+        edit(parts)
+        return Fault(f"trellis-{name}", error, fault, parts.build(**header))
+
+    for name, fault, path, value in (
+        ("states", "A trellis has 16 states.", "states", 16),
+        ("step-low", "A step is below 2**23.", "step", (1 << 23) - 1),
+        ("step-high", "A step is 2**24.", "step", 1 << 24),
+        ("exponent-low", "An exponent is -150.", "exponent", -150),
+        ("exponent-high", "An exponent is 89.", "exponent", 89),
+        ("row-zero", "A row has no element.", "row", 0),
+        ("bits", "A trellis tensor has bits.", "bits", 4),
+        ("chunk-empty", "A chunk has no byte.", "sections.2.chunks", [0]),
+    ):
+        yield wrong(name, "BadMetadata", fault, put(f"tensors.0.{path}", value))
+    yield wrong("no-feature", "BadMetadata", "The header lacks the feature bit of the trellis.", lambda p: None,
+                incompat=0)  # fmt: skip
+    yield Fault("trellis-unused", "BadMetadata", "The feature bit of the trellis is set without need.",
+                empty().build(minor=1, incompat=2))  # fmt: skip
+    length = len(trellis_base().blobs[SYMBOLS])
+    listed: list[tuple[str, str, str, Any]] = [
+        ("row", "Rows of 99 elements do not fill a tensor of 200.", "row", 99),
+        ("dtype", "A trellis tensor is I32.", "dtype", "I32"),
+        ("no-element", "A trellis tensor has no element.", "shape", [0, 100]),
+        ("no-chunks", "The symbols do not say how long their chunks are.", "sections.2.chunks", ...),
+        ("chunk-count", "One chunk is listed as two.", "sections.2.chunks", [2, length - 2]),
+        ("chunk-sum", "The chunk is longer than the section.", "sections.2.chunks", [length + 2]),
+        ("chunks-of-scales", "The scales are listed as a chunk.", "sections.0.chunks", [2]),
+        ("kind", "The frequencies are of the kind levels.", "sections.1.kind", "levels"),
+        ("symbols-zstd", "The symbols are compressed once more.", "sections.2.zstd",
+         {"frames": [length], "raw_length": length, "raw_sha256": sha256(b"none")}),
+        ("scales-frames", "Compressed scales list two frames for two bytes.", "sections.0.zstd",
+         {"frames": [1, 1], "raw_length": 2, "raw_sha256": sha256(b"none")}),
+        ("scales-raw-length", "Compressed scales have three raw bytes for two rows.", "sections.0.zstd",
+         {"frames": [2], "raw_length": 3, "raw_sha256": sha256(b"none")}),
+    ]  # fmt: skip
+    for name, fault, path, value in listed:
+        yield wrong(name, "BadTensor", fault, put(f"tensors.0.{path}", value))
+
+    def replace(index: int, data: bytes) -> Callable[[Parts], None]:
+        def edit(parts: Parts) -> None:
+            parts.replace(index, data)
+            if index == SYMBOLS:
+                parts.tensors[0]["sections"][SYMBOLS]["chunks"] = [len(data)]
+
+        return edit
+
+    symbols = trellis_base().blobs[SYMBOLS]
+    for name, error, fault, index, data in (
+        ("scales-length", "BadTensor", "There is one scale too many.", ROW_SCALES, b"\x40\x48\x48"),
+        ("frequencies-few", "BadTensor", "There is one frequency alone.", FREQUENCIES, b"\x40\x1f"),
+        ("frequencies-odd", "BadTensor", "The frequencies have an odd number of bytes.", FREQUENCIES, bytes(5)),
+        ("frequencies-many", "BadTensor", "There are 16,385 frequencies.", FREQUENCIES, bytes(32770)),
+        ("chunk-odd", "BadTensor", "A chunk has an odd number of bytes.", SYMBOLS, symbols + b"\0"),
+        ("scale", "BadValues", "A scale is that of infinity.", ROW_SCALES, b"\x40\xf8"),
+        ("frequency-zero", "BadValues", "A frequency is 0.", FREQUENCIES, struct.pack("<3H", 8000, 2000, 0)),
+        ("frequency-even", "BadValues", "The escape of even indices gets nothing.", FREQUENCIES,
+         struct.pack("<3H", 2, 2000, 8191)),
+        ("frequency-odd", "BadValues", "The escape of odd indices gets nothing.", FREQUENCIES,
+         struct.pack("<2H", 8000, 8192)),
+        ("cut", "BadFrames", "The last word of a chunk is missing.", SYMBOLS, symbols[:-2]),
+        ("more", "BadFrames", "A chunk has a word too many.", SYMBOLS, symbols + b"\0\0"),
+        ("short", "BadFrames", "A chunk has less than a state.", SYMBOLS, symbols[:2]),
+        ("state-low", "BadFrames", "A state is below 2**16.", SYMBOLS, b"\0\0" + symbols[2:]),
+        ("state-last", "BadFrames", "The state does not end at 2**16.", SYMBOLS, flip(symbols, 2)),
+    ):  # fmt: skip
+        yield wrong(name, error, fault, replace(index, data))
+
+
 def bad() -> list[Fault]:
     """All of spec/vectors/bad."""
     groups = (header_faults, layout_faults, json_faults, schema_faults, tensor_faults, asset_faults, frame_faults,
-              value_faults)  # fmt: skip
+              value_faults, trellis_faults)  # fmt: skip
     return [fault for group in groups for fault in group()]
 
 
@@ -497,16 +608,15 @@ def unsupported() -> list[Fault]:
     """All of spec/vectors/unsupported."""
     feature = "UnsupportedFeature"
     changed: list[tuple[str, str, str, Any, int]] = [
-        ("minor-1-key", "Minor version 1 with an unknown key.", "notes", None, 1),
-        ("minor-1-encoding", "Minor version 1 with an unknown encoding.", "tensors.2.encoding", "other", 1),
-        ("minor-1-kind", "Minor version 1 with an unknown kind of section.", "tensors.2.sections.0.kind", "other", 1),
+        ("minor-2-key", "Minor version 2 with an unknown key.", "notes", None, 2),
+        ("minor-2-encoding", "Minor version 2 with an unknown encoding.", "tensors.2.encoding", "other", 2),
+        ("minor-2-kind", "Minor version 2 with an unknown kind of section.", "tensors.2.sections.0.kind", "other", 2),
         ("dtype", "An unknown dtype.", "tensors.2.dtype", "F128", 0),
         ("block-256", "Blocks of 256.", "tensors.0.block", 256, 0),
     ]
     return [
         Fault("major-2", "UnsupportedVersion", "Major version 2.", empty().build(major=2)),
         Fault("incompat-0", feature, "Incompatible feature 0, framed codes.", empty().build(incompat=1)),
-        Fault("incompat-1", feature, "Incompatible feature 1, trellis.", empty().build(incompat=2)),
         Fault("incompat-2", feature, "Incompatible feature 2, split set.", empty().build(incompat=4)),
         Fault("incompat-63", feature, "Incompatible feature 63.", empty().build(incompat=1 << 63)),
         *(edited(name, feature, fault, put(path, value), minor=minor) for name, fault, path, value, minor in changed),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hlwq_convert.decode import decode_quantized
 from hlwq_convert.quantize import ScalarCode, dequantize, power_of_two
 from hlwq_convert.rotate import SIGN_BYTES, fwht, to_blocks
 from hlwq_convert.scalar import encode
@@ -40,9 +41,11 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def decode(reader: Reader, tensor: md.RawTensor | md.ScalarTensor) -> bytes:
+def decode(reader: Reader, tensor: md.StoredTensor) -> bytes:
     if isinstance(tensor, md.RawTensor):
         return b"".join(reader.raw_chunks(tensor))
+    if isinstance(tensor, md.TrellisTensor):
+        return decode_quantized(reader, tensor).tobytes()  # by the kernels; the reference made the vectors
     code = ScalarCode(tensor.dtype, tensor.bits, tensor.exponent, reader.levels(tensor), reader.signs())
     codes = reader.read_section("tensor", tensor.name, "codes")
     scales = np.concatenate(list(reader.scale_chunks(tensor, 1 << 20)))

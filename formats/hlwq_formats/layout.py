@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import BadHeader, BadLayout, Incomplete, NotHlwq, UnsupportedFeature, UnsupportedVersion, WrongSize
+from .rans import CHUNK
 
 MAGIC = b"HLWQ\r\n\x1a\n"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 HEADER_LEN = 128
 ALIGNMENT = 64
 DATA_OFFSET = HEADER_LEN
 BLOCK = 128
 MAX_METADATA = 64 << 20
-KNOWN_INCOMPAT = 0
+TRELLIS_BIT = 1 << 1
+KNOWN_INCOMPAT = TRELLIS_BIT
 MAX_NUMEL = (1 << 53) - 1
 
 _HEADER = struct.Struct("<8sHHIQQQQQQQ32s20sI")
@@ -69,7 +71,7 @@ class Header:
     data_len: int
     file_len: int
     meta_sha256: bytes
-    minor: int = MINOR
+    minor: int = 0
     incompat: int = 0
     compat: int = 0
 
@@ -82,8 +84,13 @@ class Header:
         return head[:-4] + struct.pack("<I", zlib.crc32(head[:-4]))
 
 
-def make_header(data_end: int, metadata: bytes, meta_sha256: bytes) -> Header:
-    """The header of a file whose last section ends at `data_end`."""
+def trellis_lengths(n_elements: int, row: int) -> tuple[int, int]:
+    """Bytes of the scales of a trellis tensor, one for each row, and the number of its chunks of symbols."""
+    return n_elements // row, -(-count_blocks(n_elements) * BLOCK // CHUNK)
+
+
+def make_header(data_end: int, metadata: bytes, meta_sha256: bytes, incompat: int = 0) -> Header:
+    """The header of a file whose last section ends at `data_end`, of the lowest version that has its features."""
     meta_off = align(data_end)
     return Header(
         meta_off=meta_off,
@@ -91,6 +98,8 @@ def make_header(data_end: int, metadata: bytes, meta_sha256: bytes) -> Header:
         data_len=data_end - DATA_OFFSET,
         file_len=meta_off + len(metadata),
         meta_sha256=meta_sha256,
+        minor=1 if incompat else 0,
+        incompat=incompat,
     )
 
 

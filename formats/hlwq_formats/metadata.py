@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from .errors import BadMetadata, UnsupportedFeature, escape
-from .layout import BLOCK, MINOR
+from .layout import BLOCK, MINOR, TRELLIS_BIT
 
 FRAME = 1 << 20
 MAX_ASSET = 64 << 20
@@ -33,7 +33,8 @@ Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Text = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f]*\Z", max_length=4096)]
 Name = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f]+\Z", max_length=MAX_NAME_BYTES)]
 Shape = Annotated[list[Count], Meta(max_length=8)]
-Kind = Literal["signs", "codes", "levels", "scales", "raw", "asset"]
+Kind = Literal["signs", "codes", "levels", "scales", "raw", "frequencies", "symbols", "asset"]
+States = Literal[8, 32, 64, 256]
 Bits = Annotated[int, Meta(ge=2, le=8)]
 
 
@@ -50,12 +51,13 @@ class Zstd(Document):
 
 
 class Section(Document):
-    """One run of stored bytes, its length in bytes and their SHA-256."""
+    """One run of stored bytes, its length in bytes and their SHA-256; `chunks` are the lengths of those of symbols."""
 
     kind: Kind
     length: Count
     sha256: Digest
     zstd: Zstd | UnsetType = UNSET
+    chunks: list[Positive] | UnsetType = UNSET
 
 
 class RawTensor(Document, tag_field="encoding", tag="raw"):
@@ -82,6 +84,22 @@ class ScalarTensor(Document, tag_field="encoding", tag="scalar"):
     sections: list[Section]
 
 
+class TrellisTensor(Document, tag_field="encoding", tag="trellis"):
+    """A tensor stored as entropy-coded indices of a trellis and a scale for each `row` elements."""
+
+    name: Name
+    dtype: Text
+    shape: Shape
+    reason: Text
+    block: Positive
+    row: Positive
+    states: States
+    step: Annotated[int, Meta(ge=1 << 23, lt=1 << 24)]
+    exponent: Annotated[int, Meta(ge=-149, le=88)]
+    source_sha256: Digest
+    sections: list[Section]
+
+
 class AliasTensor(Document, tag_field="encoding", tag="alias"):
     """A tensor whose dtype, shape and bytes equal those of the earlier tensor `of`."""
 
@@ -91,7 +109,9 @@ class AliasTensor(Document, tag_field="encoding", tag="alias"):
     of: Name
 
 
-Tensor = RawTensor | ScalarTensor | AliasTensor
+QuantizedTensor = ScalarTensor | TrellisTensor
+StoredTensor = RawTensor | QuantizedTensor
+Tensor = StoredTensor | AliasTensor
 
 
 class Asset(Document):
@@ -109,12 +129,13 @@ class Rule(Document):
 
 
 class Recipe(Document):
-    """The options that chose the encodings; for people, no reader needs it."""
+    """The options that chose the encodings; for people, no reader needs it. `target` is the size asked for."""
 
     name: Text | None
     bits: Bits | None
     effort: Text
     rules: Annotated[list[Rule], Meta(max_length=MAX_LISTED)]
+    target: Text | UnsetType = UNSET
 
 
 class SourceFile(Document):
@@ -219,6 +240,11 @@ def all_sections(metadata: Metadata) -> Iterator[tuple[str, str, Section]]:
         yield "asset", asset.name, asset.sections[0]
 
 
+def incompat_of(metadata: Metadata) -> int:
+    """The feature bits of a file with this document (spec section 10)."""
+    return TRELLIS_BIT if any(isinstance(tensor, TrellisTensor) for tensor in metadata.tensors) else 0
+
+
 def raw_length(section: Section) -> int:
     """Bytes of the section after decompression."""
     return section.length if section.zstd is UNSET else section.zstd.raw_length
@@ -242,6 +268,9 @@ def content_id(metadata: Metadata) -> str:
                 entries.append([t.name, t.dtype, t.shape, "raw", None, None, None, described(t.sections)])
             case ScalarTensor():
                 entries.append([t.name, t.dtype, t.shape, "scalar", t.bits, t.block, t.exponent, described(t.sections)])
+            case TrellisTensor():
+                code = [t.states, t.row, t.step]
+                entries.append([t.name, t.dtype, t.shape, "trellis", code, t.block, t.exponent, described(t.sections)])
             case AliasTensor():
                 entries.append([t.name, t.dtype, t.shape, "alias", None, None, None, t.of])
     return hashlib.sha256(msgspec.json.encode(entries)).hexdigest()

@@ -9,21 +9,37 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, repeat
 from types import TracebackType
 
 import numpy as np
+from msgspec import UnsetType
 from numpy.typing import NDArray
 
 from . import metadata as md
-from .errors import BadDigest, BadLayout, BadValues, Usage, escape
+from . import rans
+from .errors import BadDigest, BadFrames, BadLayout, BadValues, Usage, escape
 from .files import InputFile
-from .layout import HEADER_LEN, Header, check_not_incomplete, decode_header, place_sections
+from .layout import (
+    BLOCK,
+    HEADER_LEN,
+    Header,
+    check_not_incomplete,
+    count_blocks,
+    decode_header,
+    numel,
+    place_sections,
+)
 from .sections import unpack_section
 from .validate import validate
 
 CHUNK = 4 << 20
 MAX_LEVEL = 65504.0
+MAX_ROW_SCALE = 248  # times 128: the bits of infinity as a float16
+
+SymbolCheck = Callable[[md.TrellisTensor, NDArray[np.uint16]], None]
+"""Decode the symbols of a tensor, whose frequencies are given, and raise what is wrong with them."""
 
 
 class Reader:
@@ -53,7 +69,7 @@ class Reader:
         if hashlib.sha256(document).digest() != self.header.meta_sha256:
             raise BadDigest("the metadata is damaged: its SHA-256 is not the one in the header", file=name)
         self.metadata = md.decode_canonical(document, md.Metadata, self.header.minor, name)
-        validate(self.metadata, name)
+        validate(self.metadata, self.header.incompat, name)
         self.tensors: dict[str, md.Tensor] = {t.name: t for t in self.metadata.tensors}
         self.assets: dict[str, md.Asset] = {a.name: a for a in self.metadata.assets}
 
@@ -74,7 +90,7 @@ class Reader:
         """SHA-256 over what the tensors hold: files with equal ids decode alike, whatever else they hold."""
         return md.content_id(self.metadata)
 
-    def stored_tensor(self, name: str) -> md.RawTensor | md.ScalarTensor:
+    def stored_tensor(self, name: str) -> md.StoredTensor:
         """The entry of a tensor, an alias followed to the tensor that holds its bytes; Usage when unknown."""
         tensor = self.tensors.get(name)
         if isinstance(tensor, md.AliasTensor):
@@ -85,8 +101,11 @@ class Reader:
 
     # --- bytes ---------------------------------------------------------------------------------
 
-    def iter_section(self, kind: str, owner: str, section_kind: md.Kind, chunk: int = CHUNK) -> Iterator[bytes]:
-        """Yield the stored bytes in pieces of `chunk` bytes (the last shorter), hashing on the way.
+    def iter_section(
+        self, kind: str, owner: str, section_kind: md.Kind, chunk: int | Sequence[int] = CHUNK
+    ) -> Iterator[bytes]:
+        """Yield the stored bytes in pieces of `chunk` bytes (the last shorter), or of the lengths listed, hashing on
+        the way.
 
         Bytes are verified only once the iterator is exhausted: raises BadDigest then, and the caller must
         throw away what it made of them.
@@ -95,9 +114,12 @@ class Reader:
         section, offset = self._sections[i], self._offsets[i]
         gap_start = self._offsets[i - 1] + self._sections[i - 1].length if i else HEADER_LEN
         self._check_padding(gap_start, self._file.read(gap_start, offset - gap_start))
-        digest = hashlib.sha256()
-        for start in range(0, section.length, chunk):
-            piece = self._file.read(offset + start, min(chunk, section.length - start))
+        digest, end = hashlib.sha256(), offset + section.length
+        for size in repeat(chunk) if isinstance(chunk, int) else chunk:
+            if offset == end:
+                break
+            piece = self._file.read(offset, min(size, end - offset))
+            offset += len(piece)
             digest.update(piece)
             yield piece
         if digest.hexdigest() != section.sha256:
@@ -106,7 +128,7 @@ class Reader:
                 file=self.path,
                 tensor=owner if kind == "tensor" else None,
                 section=f'asset "{escape(owner, 120)}"' if kind == "asset" else section_kind,
-                offset=offset,
+                offset=self._offsets[i],
                 hint="fetch the file again",
             )
 
@@ -159,6 +181,41 @@ class Reader:
         if problem is not None:
             raise self._bad_values(tensor, "scales", problem)
 
+    def row_scales(self, tensor: md.TrellisTensor) -> NDArray[np.uint8]:
+        """(n_rows,) scales of a trellis tensor: each the upper byte of a finite float16 without its sign."""
+        scales = np.frombuffer(self.read_section("tensor", tensor.name, "scales"), np.uint8)
+        if scales.max() >= MAX_ROW_SCALE:
+            first = int(np.argmax(scales >= MAX_ROW_SCALE))
+            problem = f"scale {first} is {scales[first]}, expected less than {MAX_ROW_SCALE}"
+            raise self._bad_values(tensor, "scales", problem)
+        return scales
+
+    def frequencies(self, tensor: md.TrellisTensor) -> NDArray[np.uint16]:
+        """The frequencies of the magnitudes 0, 1, ... of the indices of a trellis tensor."""
+        pairs = np.frombuffer(self.read_section("tensor", tensor.name, "frequencies"), "<u2")
+        try:
+            rans.make_tables(pairs)
+        except ValueError as error:
+            raise self._bad_values(tensor, "frequencies", str(error)) from None
+        return pairs
+
+    def symbol_chunks(self, tensor: md.TrellisTensor, group: int = 1) -> Iterator[list[bytes]]:
+        """The chunks of the indices of a trellis tensor, `group` at a time, verified only at exhaustion as in
+        `iter_section`. What is in them is not looked at here."""
+        lengths = tensor.sections[-1].chunks
+        assert not isinstance(lengths, UnsetType)
+        pieces = self.iter_section("tensor", tensor.name, "symbols", lengths)
+        while batch := list(islice(pieces, group)):
+            yield batch
+
+    def bad_chunk(self, tensor: md.TrellisTensor, number: int) -> BadFrames:
+        """The error for a chunk of symbols that does not decode; raises BadDigest when that is no wonder."""
+        for _ in self.iter_section("tensor", tensor.name, "symbols"):
+            pass
+        offset = self._offsets[self._index["tensor", tensor.name, "symbols"]]
+        problem = f"chunk {number} of the symbols is none that an encoder writes"
+        return BadFrames(problem, file=self.path, tensor=tensor.name, section="symbols", offset=offset)
+
     def _bad_values(self, tensor: md.Tensor, kind: md.Kind, problem: str) -> BadValues:
         offset = self._offsets[self._index["tensor", tensor.name, kind]]
         return BadValues(problem, file=self.path, tensor=tensor.name, section=kind, offset=offset)
@@ -182,8 +239,9 @@ class Reader:
         for name in self.assets:
             self.read_asset(name)
 
-    def verify_tensor(self, tensor: md.Tensor) -> None:
-        """Check every byte and value of one tensor, decoding nothing; an alias has none of its own."""
+    def verify_tensor(self, tensor: md.Tensor, check_symbols: SymbolCheck | None = None) -> None:
+        """Check every byte and value of one tensor; an alias has none of its own. Only symbols are decoded, by
+        `check_symbols` where that is given: what is here takes a second for a million of them."""
         if isinstance(tensor, md.RawTensor):
             for _ in self.raw_chunks(tensor):
                 pass
@@ -193,6 +251,18 @@ class Reader:
             self.levels(tensor)
             for _ in self.scale_chunks(tensor, CHUNK):
                 pass
+        elif isinstance(tensor, md.TrellisTensor):
+            self.row_scales(tensor)
+            (check_symbols or self._check_symbols)(tensor, self.frequencies(tensor))
+
+    def _check_symbols(self, tensor: md.TrellisTensor, pairs: NDArray[np.uint16]) -> None:
+        tables, left = rans.make_tables(pairs), count_blocks(numel(tensor.shape)) * BLOCK
+        for number, (chunk,) in enumerate(self.symbol_chunks(tensor)):
+            try:
+                rans.decode(chunk, min(left, rans.CHUNK), tables, tensor.states)
+            except rans.BadStream:
+                raise self.bad_chunk(tensor, number) from None
+            left -= rans.CHUNK
 
     def verify(self) -> None:
         """Check every byte of the file."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -11,17 +11,22 @@ from msgspec import UNSET
 from . import metadata as md
 from .dtypes import ITEM_BITS, WEIGHT_DTYPES, nbytes
 from .errors import BadMetadata, BadTensor, UnsupportedFeature, escape
-from .layout import BLOCK, MAX_NUMEL, numel, scalar_lengths
+from .layout import BLOCK, INCOMPAT_NAMES, MAX_NUMEL, numel, scalar_lengths, trellis_lengths
 from .paths import clashing_name, unsafe_path
+from .rans import MAX_CHUNK_BYTES, MAX_FREQUENCIES
 
 
-def validate(metadata: md.Metadata, file: str) -> None:
-    """Check entries against each other and every length against the one derived from shape and bits."""
+def validate(metadata: md.Metadata, incompat: int, file: str) -> None:
+    """Check entries against the feature bits and each other, and every length against the one derived from shape and
+    bits."""
     if metadata.split is not None:
         raise BadMetadata("metadata: a split set without its feature bit", file=file)
+    if wrong := incompat ^ md.incompat_of(metadata):
+        names = [name for bit, name in INCOMPAT_NAMES.items() if wrong >> bit & 1]
+        raise BadMetadata(f"metadata: the header's feature bits do not fit it: {', '.join(names)}", file=file)
     if metadata.signs is not None:
         _check_section(metadata.signs, "signs", md.SIGNS_LENGTH, file, None)
-    stored: dict[str, md.RawTensor | md.ScalarTensor] = {}
+    stored: dict[str, md.StoredTensor] = {}
     previous = b""
     for tensor in metadata.tensors:
         name = tensor.name.encode()
@@ -37,7 +42,7 @@ def validate(metadata: md.Metadata, file: str) -> None:
     _check_assets(metadata.assets, file)
 
 
-def _check_tensor(tensor: md.Tensor, stored: dict[str, md.RawTensor | md.ScalarTensor], file: str) -> None:
+def _check_tensor(tensor: md.Tensor, stored: dict[str, md.StoredTensor], file: str) -> None:
     def bad(problem: str) -> BadTensor:
         return BadTensor(problem, file=file, tensor=tensor.name)
 
@@ -62,13 +67,16 @@ def _check_tensor(tensor: md.Tensor, stored: dict[str, md.RawTensor | md.ScalarT
             if size is None:
                 raise bad(f"{n} elements of {tensor.dtype} do not fill whole bytes")
             expected: Mapping[Any, int] = {"raw": size}
-        case md.ScalarTensor():
+        case md.ScalarTensor() | md.TrellisTensor():
             if tensor.block != BLOCK:
                 raise UnsupportedFeature(
                     f"blocks of {tensor.block}, this reader knows {BLOCK}", file=file, tensor=tensor.name
                 )
             if tensor.dtype not in WEIGHT_DTYPES or n == 0:
-                raise bad(f"{tensor.dtype} {tensor.shape} cannot have the encoding scalar")
+                raise bad(f"{tensor.dtype} {tensor.shape} cannot be quantized")
+            if isinstance(tensor, md.TrellisTensor):
+                _check_trellis(tensor, n, bad, file)
+                return
             expected = scalar_lengths(n, tensor.bits)
     kinds = [section.kind for section in tensor.sections]
     if kinds != list(expected):
@@ -77,14 +85,46 @@ def _check_tensor(tensor: md.Tensor, stored: dict[str, md.RawTensor | md.ScalarT
         _check_section(section, section.kind, expected[section.kind], file, tensor.name)
 
 
+def _check_trellis(tensor: md.TrellisTensor, n: int, bad: Callable[[str], BadTensor], file: str) -> None:
+    if n % tensor.row:
+        raise bad(f"rows of {tensor.row} elements do not fill {n}")
+    kinds = [section.kind for section in tensor.sections]
+    if kinds != ["scales", "frequencies", "symbols"]:
+        raise bad(f"sections {kinds}, expected scales, frequencies and symbols")
+    scales, frequencies, symbols = tensor.sections
+    scales_length, n_chunks = trellis_lengths(n, tensor.row)
+    for section in (scales, frequencies):
+        if section.chunks is not UNSET or (problem := _bad_frames(section)) is not None:
+            raise bad(f"{section.kind}: {'it is in chunks' if section.chunks is not UNSET else problem}")
+    if (found := md.raw_length(scales)) != scales_length:
+        raise bad(f"scales of {found} bytes, expected {scales_length}")
+    if (found := md.raw_length(frequencies)) not in range(4, 2 * MAX_FREQUENCIES + 1, 2):
+        raise bad(f"frequencies of {found} bytes, expected 4 to {2 * MAX_FREQUENCIES} and even")
+    chunks = [] if symbols.chunks is UNSET else symbols.chunks
+    if symbols.zstd is not UNSET or len(chunks) != n_chunks or sum(chunks) != symbols.length:
+        raise bad(f"{len(chunks)} chunks of {sum(chunks)} bytes in {symbols.length} stored ones, expected {n_chunks}")
+    if (longest := max(chunks)) > MAX_CHUNK_BYTES or any(length % 2 for length in chunks):
+        raise bad(f"a chunk of {longest} bytes, expected whole words and at most {MAX_CHUNK_BYTES}")
+
+
 def _check_section(section: md.Section, kind: str, length: int, file: str, tensor: str | None) -> None:
-    if (section.kind, section.length, section.zstd) != (kind, length, UNSET):
-        packed = "" if section.zstd is UNSET else ", compressed"
+    if (section.kind, section.length, section.zstd, section.chunks) != (kind, length, UNSET, UNSET):
+        packed = "" if section.zstd is UNSET and section.chunks is UNSET else ", compressed"
         raise BadTensor(
             f"{section.kind} section of {section.length} bytes{packed}; expected {kind} of {length} bytes",
             file=file,
             tensor=tensor,
         )
+
+
+def _bad_frames(section: md.Section) -> str | None:
+    """What is wrong with the list of frames of a compressed section, if anything."""
+    if section.zstd is UNSET:
+        return None
+    frames, size = section.zstd.frames, section.zstd.raw_length
+    if len(frames) == -(-size // md.FRAME) and sum(frames) == section.length:
+        return None
+    return f"{len(frames)} frames of {sum(frames)} bytes for {size} raw bytes in {section.length} stored ones"
 
 
 def _check_assets(assets: list[md.Asset], file: str) -> None:
@@ -100,14 +140,10 @@ def _check_assets(assets: list[md.Asset], file: str) -> None:
     for asset in assets:
         section = asset.sections[0]
         problem = unsafe_path(asset.name)
-        if problem is None and section.kind != "asset":
-            problem = f"a section of kind {section.kind}, expected asset"
-        if problem is None and section.zstd is not UNSET:
-            frames, size = section.zstd.frames, section.zstd.raw_length
-            if len(frames) != -(-size // md.FRAME) or sum(frames) != section.length:
-                problem = (
-                    f"{len(frames)} frames of {sum(frames)} bytes for {size} raw bytes in {section.length} stored ones"
-                )
+        if problem is None and (section.kind != "asset" or section.chunks is not UNSET):
+            problem = f"a section of kind {section.kind} or in chunks, expected asset"
+        if problem is None:
+            problem = _bad_frames(section)
         total += md.raw_length(section)
         if problem is None and (md.raw_length(section) > md.MAX_ASSET or total > md.MAX_ASSETS_TOTAL):
             problem = f"over the limit of {md.MAX_ASSET} bytes, or {md.MAX_ASSETS_TOTAL} for all assets"

@@ -22,29 +22,32 @@ _PIECE = 1 << 20
 
 
 class SectionWriter:
-    """One section of known length at a known place, written front to back and hashed on the way."""
+    """One section at a known place, written front to back and hashed on the way. Without a `length` it takes what
+    comes, and nothing may be opened before it is done."""
 
-    def __init__(self, file: AtomicFile, kind: md.Kind, offset: int, length: int) -> None:
-        self._file = file
+    def __init__(self, writer: Writer, kind: md.Kind, offset: int, length: int | None) -> None:
+        self._writer = writer
         self._kind = kind
-        self._position = offset
-        self._end = offset + length
+        self._offset = self._position = offset
         self._length = length
         self._digest = hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`, items of one byte, to the section."""
-        if self._position + len(data) > self._end:
+        if self._length is not None and self._position + len(data) > self._offset + self._length:
             raise Internal(f"{self._kind} section overflows its {self._length} bytes")
-        self._file.write(self._position, data)
+        self._writer.put(self._position, data)
         self._digest.update(data)
         self._position += len(data)
 
     def done(self) -> md.Section:
         """The entry of the finished section."""
-        if self._position != self._end:
-            raise Internal(f"{self._kind} section lacks {self._end - self._position} of {self._length} bytes")
-        return md.Section(self._kind, self._length, self._digest.hexdigest())
+        length = self._position - self._offset
+        if self._length is None:
+            self._writer.position = self._position
+        elif length != self._length:
+            raise Internal(f"{self._kind} section lacks {self._length - length} of {self._length} bytes")
+        return md.Section(self._kind, length, self._digest.hexdigest())
 
 
 class Writer:
@@ -95,12 +98,17 @@ class Writer:
         """Force what was written to disk."""
         self._file.sync()
 
-    def open_section(self, kind: md.Kind, length: int) -> SectionWriter:
-        """Take the next place for a section of `length` bytes. Several may be open at once."""
+    def put(self, position: int, data: bytes | memoryview) -> None:
+        """Write bytes of a section."""
+        self._file.write(position, data)
+
+    def open_section(self, kind: md.Kind, length: int | None) -> SectionWriter:
+        """Take the next place for a section of `length` bytes, or for one that is as long as what will be written.
+        Several of known length may be open at once."""
         offset = align(self.position)
         self._file.write(self.position, bytes(offset - self.position))
-        self.position = offset + length
-        return SectionWriter(self._file, kind, offset, length)
+        self.position = offset + (length or 0)
+        return SectionWriter(self, kind, offset, length)
 
     def write_section(self, kind: md.Kind, data: bytes, *, compress: bool = False) -> md.Section:
         """Write a whole section at once, compressed where that is asked for and pays."""
@@ -121,7 +129,7 @@ class Writer:
         lengths = [section.length for _, _, section in md.all_sections(metadata)]
         if place_sections(lengths)[1] != self.position:
             raise Internal("the metadata does not list the sections that were written")
-        header = make_header(self.position, document, hashlib.sha256(document).digest())
+        header = make_header(self.position, document, hashlib.sha256(document).digest(), md.incompat_of(metadata))
         self._file.write(self.position, bytes(header.meta_off - self.position))
         self._file.write(header.meta_off, document)
         self._file.sync(header.file_len)

@@ -26,10 +26,19 @@ from .common import ProgressLine, common_options, print_json, print_warnings, ru
     help="Bits (or raw) for matching tensors; the last match wins.",
 )
 @click.option(
+    "--bpw", type=float, metavar="BITS", help="Bits a weight of the whole file, 1.5 to 8, at a variable rate."
+)
+@click.option("--size", metavar="BYTES", help="Size of the whole file, such as 16.2GB, at a variable rate.")
+@click.option("--min-bits", metavar="REGEX=BITS", multiple=True, help="With --bpw or --size: at least so many bits.")
+@click.option("--max-bits", metavar="REGEX=BITS", multiple=True, help="With --bpw or --size: at most so many bits.")
+@click.option(
+    "--sensitivity", metavar="FILE", type=click.Path(), help="With --bpw or --size: which tensors matter more (JSON)."
+)
+@click.option(
     "--effort",
-    type=click.Choice(["default", "fast"]),
+    type=click.Choice(["fast", "default", "best"]),
     default="default",
-    help="fast skips the search for block scales.",
+    help="How long to search: for block scales, or through a trellis of 8, 32 or 256 states.",
 )
 @click.option("--workers", "-j", type=click.IntRange(1), help="Threads.  [default: the CPUs this process may use]")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
@@ -58,7 +67,8 @@ def command(
 
     Matrices are rotated and quantized; norms, biases, routers and other delicate tensors stay as they are.
     """
-    from ..conversion import compile_kernels, prepare, run
+    from ..conversion import compile_kernels, run
+    from ..job import prepare
     from .memory import keep_freed_memory
 
     keep_freed_memory()

@@ -66,7 +66,7 @@ def _define_operators() -> None:
         _define(op, (F32, F32), F32, lambda builder, a, b, name=name: getattr(builder, name)(a, b))
     integer = {
         operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.and_: "and_", operator.or_: "or_",
-        operator.lshift: "shl", operator.rshift: "lshr",
+        operator.xor: "xor", operator.lshift: "shl", operator.rshift: "lshr",
     }  # fmt: skip
     for op, name in integer.items():
         _define(op, (U32, U32), U32, lambda builder, a, b, name=name: getattr(builder, name)(a, b))
@@ -124,13 +124,14 @@ def load(typing_context: Any, array: Any, start: Any) -> Any:
 
 @intrinsic
 def store(typing_context: Any, array: Any, start: Any, vector: Any) -> Any:
-    """Write a U32 to items start..start+15 of a flat array of unsigned integers, each cut to its width. Unchecked."""
-    if not _is_flat(array) or vector is not U32 or not isinstance(array.dtype, types.Integer):
+    """Write a U32 to items start..start+15 of a flat array of integers, each cut to its width, or an F32 to those of
+    a flat array of float32. Unchecked."""
+    if not _is_flat(array) or (vector is F32) != (array.dtype == types.float32):
         return None
     bits = array.dtype.bitwidth
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        stored = ir.VectorType(ir.IntType(bits), LANES)
+        stored = F32.llvm if vector is F32 else ir.VectorType(ir.IntType(bits), LANES)
         value = args[2] if bits == 32 else builder.trunc(args[2], stored)
         place = builder.gep(_data(context, builder, array, args[0]), [args[1]])
         builder.store(value, builder.bitcast(place, stored.as_pointer()), align=bits // 8)

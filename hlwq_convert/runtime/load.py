@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import torch
 
 from hlwq_formats import metadata as md
@@ -15,7 +16,7 @@ from hlwq_formats.errors import UnsupportedDtype, Usage
 from hlwq_formats.layout import numel
 from hlwq_formats.reader import Reader
 
-from ..decode import CodeChunk, code_chunks, decode_tasks, read_raw, scalar_code
+from ..decode import CodeChunk, Piece, code_chunks, decode_tasks, pieces, read_raw, scalar_code
 from ..parallel import call, default_workers, ordered_map
 from .dequantize import TorchCode
 
@@ -103,12 +104,9 @@ def get_torch(reader: Reader, name: str, device: str | torch.device = "cpu") -> 
         return next(_load(reader, [reader.stored_tensor(name)], pool, 2 * workers, torch.device(device), None))
 
 
-Stored = md.RawTensor | md.ScalarTensor
-
-
 def _load(
     reader: Reader,
-    tensors: Sequence[Stored],
+    tensors: Sequence[md.StoredTensor],
     pool: ThreadPoolExecutor,
     ahead: int,
     device: torch.device,
@@ -121,7 +119,7 @@ def _load(
 
 
 def _tasks(
-    reader: Reader, tensors: Sequence[Stored], device: torch.device, dtype: torch.dtype | None
+    reader: Reader, tensors: Sequence[md.StoredTensor], device: torch.device, dtype: torch.dtype | None
 ) -> Iterator[Callable[[], torch.Tensor | None]]:
     """Tasks that fill each tensor, then one that returns it: made only when its digests have matched."""
     for tensor in tensors:
@@ -151,8 +149,13 @@ def _load_raw(
     return flat.reshape(tensor.shape).to(device=device, dtype=wanted)
 
 
-def _device_tasks(reader: Reader, tensor: md.ScalarTensor, result: torch.Tensor) -> Iterator[Callable[[], None]]:
-    """decode_tasks for a tensor on another device, by torch's own operations there."""
+def _device_tasks(reader: Reader, tensor: md.QuantizedTensor, result: torch.Tensor) -> Iterator[Callable[[], None]]:
+    """decode_tasks for a tensor on another device: scalar codes by torch's own operations there, others here."""
+    if isinstance(tensor, md.TrellisTensor):
+        tag = TAGS.get(result.dtype, "F32")
+        for piece in pieces(reader, tensor, tag):
+            yield partial(_decode_here, piece, tag, result[piece.start : piece.start + piece.count])
+        return
     code = TorchCode(scalar_code(reader, tensor), result.device)
 
     def decode(chunk: CodeChunk) -> None:
@@ -160,3 +163,10 @@ def _device_tasks(reader: Reader, tensor: md.ScalarTensor, result: torch.Tensor)
 
     for chunk in code_chunks(reader, tensor):
         yield partial(decode, chunk)
+
+
+def _decode_here(piece: Piece, tag: str, result: torch.Tensor) -> None:
+    bits = np.empty(piece.count, BIT_PATTERNS[tag])
+    piece.decode(bits)
+    signed = torch.from_numpy(bits.view(f"i{bits.itemsize}"))
+    result.copy_(signed.view(next(dtype for dtype, name in TAGS.items() if name == tag)))

@@ -1,0 +1,85 @@
+"""How large a planned file will be, and the steps with which it has the size that was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from hlwq_formats import metadata as md
+from hlwq_formats.layout import Header, make_header, place_sections
+from hlwq_formats.sections import make_section
+
+from .inspection import Report, TensorReport
+from .job import Job, make_metadata
+from .plan import Choice, placeholder
+from .rate import choose_steps, take_samples
+from .rotate import SIGN_BYTES
+from .trellis import STATES
+
+Choices = dict[str, Choice]
+
+
+def weights_of(job: Job, aliases: dict[str, str]) -> int:
+    """Weights that the file will hold, those of aliases not counted."""
+    return sum(tensor.numel for tensor in job.source.tensors if tensor.name not in aliases)
+
+
+def planned_assets(job: Job, choices: Choices) -> list[md.Asset]:
+    """The assets as they will be stored, with a report that takes about as many bytes as the real one."""
+    assets = [_asset(name, job.source.read_asset(name)) for name, _ in job.source.assets]
+    quantized = [t.name for t in job.source.tensors if choices[t.name].encoding != "raw"]
+    return [*assets, _asset(md.REPORT, md.encode(_placeholder_report(quantized)))]
+
+
+def planned_metadata(
+    job: Job, choices: Choices, aliases: dict[str, str], assets: list[md.Asset], symbols: dict[str, int]
+) -> md.Metadata:
+    """The document of the file that the choices make; `symbols` are the bytes that trellises take."""
+    tensors: list[md.Tensor] = [
+        md.AliasTensor(t.name, t.dtype, list(t.shape), aliases[t.name])
+        if t.name in aliases
+        else placeholder(t, choices[t.name], symbols.get(t.name, 0))
+        for t in job.source.tensors
+    ]
+    return make_metadata(job, make_section("signs", SIGN_BYTES, compress=False)[0], tensors, assets)
+
+
+def planned_header(metadata: md.Metadata) -> Header:
+    """The header, but for the digest, of a file with this document."""
+    end = place_sections(section.length for _, _, section in md.all_sections(metadata))[1]
+    return make_header(end, md.encode(metadata), bytes(32), md.incompat_of(metadata))
+
+
+def find_steps(
+    job: Job, choices: Choices, aliases: dict[str, str], wanted: int, pool: ThreadPoolExecutor
+) -> tuple[Choices, dict[str, int]]:
+    """The choices with the steps of a file of `wanted` bytes or a little less; and the bytes that their symbols and
+    frequencies are expected to take.
+
+    Reads samples of the weights. Raises Usage when there is no such file.
+    """
+    assert job.target is not None
+    variable = [t for t in job.source.tensors if t.name not in aliases and choices[t.name].encoding == "trellis"]
+    samples = take_samples(job.source.model, variable, job.target, pool)
+    assets = planned_assets(job, choices)
+
+    def size_of(symbols: dict[str, int]) -> int:
+        return planned_header(planned_metadata(job, choices, aliases, assets, symbols)).file_len
+
+    steps, symbols = choose_steps(samples, STATES[job.recipe.effort], wanted, size_of, pool)
+    chosen = {name: replace(choice, step=steps.get(name, choice.step)) for name, choice in choices.items()}
+    return chosen, symbols
+
+
+def _asset(name: str, data: bytes) -> md.Asset:
+    return md.Asset(name, [make_section("asset", data, compress=True)[0]])
+
+
+def _placeholder_report(names: list[str]) -> Report:
+    """Numbers that take about as many compressed bytes as measured ones."""
+
+    def digits(name: str) -> int:
+        return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16)
+
+    return Report([TensorReport(n, 0.999 + digits(n) * 1e-18, 0.002 + digits(n + "#") * 1e-18) for n in names])
