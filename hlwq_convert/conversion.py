@@ -38,7 +38,8 @@ from .store import Run, write_tensors
 _MANY = 50_000
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, bytes done, bytes in all); (stage, 0, 0) for one whose end is not known."""
+"""Called with (stage, bytes done, bytes in all); (stage, 0, 0) for one whose end is not known. After ("publishing",
+0, 0) the output may be there whatever comes, an interrupt too."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def run(
         job.warnings.extend(tie_warnings(job, aliases))
         choices = merge_choices(job.choices, aliases)
         planned = [(t, choices[t.name]) for t in source.tensors if t.name not in aliases]
-        journal = Journal(writer.part, fingerprint(source, job.recipe, planned, nonfinite))
+        journal = Journal(writer.journal, fingerprint(source, job.recipe, planned, nonfinite))
         try:
             earlier, problem = load_earlier(writer, journal)
             if problem is not None:
@@ -175,19 +176,18 @@ def run(
             def verify(reader: Reader) -> None:
                 self_check(reader, run.checksums, pool, 2 * workers, _stepper(progress, "checking", total))
                 inspections.append(inspect_reader(reader))  # here: nothing may fail after the file is published
+                if progress is not None:
+                    progress("publishing", 0, 0)
 
             writer.finish(metadata, verify)
         except BaseException as error:
             run.stop.set()
-            if isinstance(error, Exception) or not journal.begun:
-                journal.discard()
-            else:
-                writer.keep = True
+            if not isinstance(error, Exception) and (writer.secured or writer.resumed) and not writer.published:
                 with suppress(HlwqError):  # the last checkpoint stands whether or not another can be made
-                    writer.flush()
-                    journal.checkpoint()
+                    _checkpoint(run, journal)
             raise
-        journal.discard()
+        finally:
+            journal.close()
     return msgspec.structs.replace(inspections[0], file=printable(os.fspath(out)), warnings=job.warnings)
 
 
@@ -205,9 +205,15 @@ def _store(run: Run, journal: Journal, planned: Planned, done: list[Done]) -> It
     for (tensor, _), entry in zip(rest, write_tensors(run, rest), strict=True):
         checksums = run.checksums.get(tensor.name, [])
         if journal.note(Done(entry, run.report[-1] if checksums else None, checksums), tensor.length):
-            run.writer.flush()
-            journal.checkpoint()
+            _checkpoint(run, journal)
         yield entry
+
+
+def _checkpoint(run: Run, journal: Journal) -> None:
+    """Secure what is stored; from the first time on an interrupt keeps it."""
+    run.writer.flush()
+    journal.checkpoint()
+    run.writer.secured = True
 
 
 def _alias(tensor: SourceTensor, of: str) -> md.AliasTensor:

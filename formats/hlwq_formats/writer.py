@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from types import TracebackType
 
 from . import metadata as md
 from .atomic import AtomicFile
 from .errors import BadData, Internal, SelfCheckFailed, UnsupportedFeature
+from .interrupts import Gate, lift_gates, set_gates, uninterrupted
 from .layout import HEADER_LEN, align, make_header, place_sections
 from .reader import Reader
 from .sections import make_section
@@ -48,8 +50,10 @@ class SectionWriter:
 
 
 class Writer:
-    """A container in the making. Leaving the `with` before `finish` has returned removes what was written, or with
-    `keep` set, by an interrupt, leaves it as OUT.part for a later run to resume.
+    """A container in the making, within a `with`. Leaving that before `finish` has returned removes what was written.
+    Leaving it by an interrupt when its journal tells how to go on, because it is `resumed` or `secured` was set, leaves
+    OUT.part and the journal for a later run. In between, handlers of signals run as ever, but not within what must not
+    be interrupted.
 
     Sections must be opened in the order of the file: signs, tensors by name with their kinds in order,
     assets by name. With `resume`, an OUT.part of a dead process is continued: `resumed` tells, and `holds` which of
@@ -59,28 +63,30 @@ class Writer:
     def __init__(
         self, path: str | os.PathLike[str], *, overwrite: bool = False, reserve: int = 0, resume: bool = False
     ) -> None:
-        self._file = AtomicFile(path, overwrite=overwrite, resume=resume)
+        self._file = AtomicFile(path, overwrite=overwrite)
         self._reserve = reserve
-        self.part = self._file.part
+        self._resume = resume
+        self.part, self.journal = self._file.part, self._file.journal
         self.position = HEADER_LEN
-        self.keep = False
-        self._begin()
+        self.secured = False
+        self._gates: dict[int, Gate] = {}
 
     def _begin(self) -> None:
-        try:
-            self._file.reserve(self._reserve)
-            self._file.write(0, bytes(HEADER_LEN))
-        except BaseException:
-            self._file.abandon()
-            raise
+        self._file.reserve(self._reserve)
+        self._file.write(0, bytes(HEADER_LEN))
 
     @property
     def resumed(self) -> bool:
-        """Whether OUT.part was there."""
+        """Whether OUT.part and a journal were there."""
         return self._file.resumed
 
+    @property
+    def published(self) -> bool:
+        """Whether the file has its name."""
+        return self._file.published
+
     def restart(self) -> None:
-        """Throw away what is resumed and begin anew."""
+        """Throw away what is resumed, with its journal, and begin anew."""
         self._file.restart()
         self._begin()
 
@@ -138,12 +144,21 @@ class Writer:
         self._file.publish()
 
     def __enter__(self) -> Writer:
-        return self
+        try:
+            set_gates(self._gates)
+            self._file.begin(resume=self._resume)
+            self._begin()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self  # nothing is called between here and the `with`, so no handler runs
 
+    @uninterrupted
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.keep and kind is not None and not issubclass(kind, Exception):
+        if kind is not None and not issubclass(kind, Exception) and (self.secured or self.resumed):
             self._file.leave()
         else:
             self._file.abandon()
+        lift_gates(self._gates)
