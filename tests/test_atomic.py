@@ -232,21 +232,54 @@ def test_a_folder_that_may_not_be_written_to(out: Path, monkeypatch: pytest.Monk
         start(out)
 
 
-def test_a_part_is_not_resumed_where_its_lock_cannot_be_tried(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_part(out)
-    honest, opened = OPS.open, []
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_part_whose_lock_cannot_be_tried_is_left(out: Path, monkeypatch: pytest.MonkeyPatch, resume: bool) -> None:
+    part = leave_part(out)
+    honest, calls = OPS.open, []
 
     def only_once(path: str, flags: int) -> int:
-        opened.append(flags)
-        if len(opened) == 2:
+        calls.append(flags)
+        if len(calls) == 2:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return honest(path, flags)
 
     monkeypatch.setattr(OPS, "open", only_once)
+    with pytest.raises(CannotCreate, match="Too many open files"):
+        start(out, resume=resume)
+    assert part.read_bytes() == b"old"
+
+
+def test_a_part_that_vanishes_while_its_lock_is_tried(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = leave_part(out)
+    honest, calls = OPS.open, []
+
+    def gone_the_second_time(path: str, flags: int) -> int:
+        calls.append(flags)
+        if len(calls) == 2:
+            part.unlink()
+        return honest(path, flags)
+
+    monkeypatch.setattr(OPS, "open", gone_the_second_time)
+    start(out).abandon()
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_part_without_a_journal_is_not_resumed(out: Path) -> None:
+    leave_part(out)
+    Path(f"{out}.part.journal").unlink()
     file = start(out, resume=True)
     assert not file.resumed
     assert file.read(0, 10) == b""
     file.abandon()
+
+
+def test_a_journal_that_cannot_be_removed_is_said(out: Path) -> None:
+    Path(f"{out}.part.journal").mkdir()
+    file = AtomicFile(out, overwrite=False)
+    with pytest.raises(CannotCreate, match=r"journal: cannot remove: .*; remove it"):
+        file.begin()
+    file.abandon()
+    assert [path.name for path in out.parent.iterdir()] == ["o.hlwq.part.journal"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -73,7 +73,7 @@ class AtomicFile:
         try:
             OPS.unlink(self.part)
         except OSError as error:
-            raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
+            raise self._cannot_replace(error) from None
         self._close()
         self.resumed = False
         self._fd = self._open_locked(False)
@@ -91,8 +91,7 @@ class AtomicFile:
         for _ in range(8):  # every round but the first follows a race with another process
             stale = self._lock_stale()
             if stale is not None:
-                goes_on = resume and os.path.exists(self.journal) and os.fstat(stale).st_nlink == 1
-                if goes_on and self._is_locked():
+                if resume and os.path.exists(self.journal) and os.fstat(stale).st_nlink == 1:
                     self.resumed = True
                     return stale
                 self._unlink_stale(stale)
@@ -120,51 +119,59 @@ class AtomicFile:
         raise self._locked()
 
     def _lock_stale(self) -> int | None:
-        """The .part of a process that died, locked by us; None when there is none, Locked when its process lives."""
+        """The .part of a process that died, locked by us; None when there is none, Locked when its process lives, or
+        may live, because locks do nothing here."""
         try:
             fd = OPS.open(self.part, os.O_RDWR | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
+            raise self._cannot_replace(error) from None
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise CannotCreate("exists and is not a regular file", file=self.part, hint="remove it")
             OPS.lock(fd)
-            if self._is_ours(fd):
+            if self._is_ours(fd) and self._keeps_others_out():
                 return fd
         except BlockingIOError:
             OPS.close(fd)
             raise self._locked() from None
         except OSError as error:
             OPS.close(fd)
-            raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
+            raise self._cannot_replace(error) from None
         except BaseException:
             OPS.close(fd)
             raise
         OPS.close(fd)
         return None
 
-    def _is_locked(self) -> bool:
-        """Whether a lock keeps others out here: there are file systems where it does nothing, and a .part that
-        looks dead may be alive."""
+    def _keeps_others_out(self) -> bool:
+        """Whether the lock that we hold is one: there are file systems where all get it, and a .part that looks dead
+        may be alive. Then only the creation of .part tells who comes first, and only people can tell who died."""
         try:
             other = OPS.open(self.part, os.O_RDWR)
-            try:
-                OPS.lock(other)
-            finally:
-                OPS.close(other)
+        except FileNotFoundError:
+            return False
+        try:
+            OPS.lock(other)
         except BlockingIOError:
             return True
-        except OSError:
-            return False
-        return False
+        finally:
+            OPS.close(other)
+        raise Locked(
+            "is there, and locks do nothing on this file system: another process may be writing it",
+            file=self.part,
+            hint="remove it if none does",
+        )
+
+    def _cannot_replace(self, error: OSError) -> CannotCreate:
+        return CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it")
 
     def _unlink_stale(self, fd: int) -> None:
         try:
             OPS.unlink(self.part)
         except OSError as error:
-            raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
+            raise self._cannot_replace(error) from None
         finally:
             OPS.close(fd)
 
@@ -221,7 +228,7 @@ class AtomicFile:
     @uninterrupted
     def publish(self) -> None:
         """Give the synced file its name. Without `overwrite` an existing file is never replaced."""
-        if not self._is_ours(self._fd):  # where locks do nothing, another may have put its own in this place
+        if not self._is_ours(self._fd):  # someone removed it, or one on another machine took it for dead
             raise self._locked()
         try:
             if self._overwrite:
