@@ -29,10 +29,10 @@ TENSOR = {"name": NAME, "dtype": tuple(DTYPES), "shape": [COUNT, range(9)]}
 RAW = TENSOR | {"encoding": "raw", "reason": TEXT, "sections": [SECTION, range(4)]}
 SCALAR = RAW | {"encoding": "scalar", "bits": BITS, "block": 128, "exponent": range(-126, 113), "source_sha256": DIGEST}
 RULES = [{"bits": (BITS, None), "match": TEXT}, range(10001)]
-ASSET = {"name": NAME, "sections": [SECTION, range(1, 2)]}
+ASSETS = [{"name": NAME, "sections": [SECTION, range(1, 2)]}, range(10001)]
 RECIPE = {"bits": (BITS, None), "effort": TEXT, "name": (TEXT, None), "rules": RULES}
 SOURCE = {"files": [{"length": COUNT, "name": NAME}, range(10001)], "repo": (TEXT, None), "revision": (TEXT, None)}
-DOCUMENT = {"assets": [ASSET, COUNT], "recipe": RECIPE, "signs": (None, PLAIN), "source": SOURCE, "split": None}
+DOCUMENT = {"assets": ASSETS, "recipe": RECIPE, "signs": (None, PLAIN), "source": SOURCE, "split": None}
 DOCUMENT |= {"tensors": [(RAW, SCALAR, TENSOR | {"encoding": "alias", "of": NAME}), range(200001)]}
 DOCUMENT |= {"tool": {"name": TEXT, "version": TEXT, "zstd": TEXT}}
 
