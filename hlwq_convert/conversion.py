@@ -150,8 +150,7 @@ def run(
         run = Run(model, writer, pool, workers, job.recipe.effort, nonfinite, step, job.warnings)
         aliases = find_duplicates(model, source.tensors)
         job.warnings.extend(tie_warnings(job, aliases))
-        choices = merge_choices(job.choices, aliases)
-        planned = [(t, choices[t.name]) for t in source.tensors if t.name not in aliases]
+        planned = _plan_stored(job, aliases)
         journal = Journal(writer.journal, fingerprint(source, job.recipe, planned, nonfinite))
         try:
             earlier, problem = load_earlier(writer, journal)
@@ -261,6 +260,12 @@ def check_output_place(out: str | os.PathLike[str], source: Source, *, allow_ins
     for file, _ in [*source.model.files, *source.assets]:
         if os.path.exists(out) and os.path.samefile(out, source.model.path / file):
             raise CannotCreate(f"the output is the source file {file}", file=os.fspath(out))
+
+
+def _plan_stored(job: Job, aliases: dict[str, str]) -> Planned:
+    """What becomes of each tensor that is no alias."""
+    choices = merge_choices(job.choices, aliases)
+    return [(tensor, choices[tensor.name]) for tensor in job.source.tensors if tensor.name not in aliases]
 
 
 def merge_choices(choices: dict[str, Choice], aliases: dict[str, str]) -> dict[str, Choice]:

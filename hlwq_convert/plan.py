@@ -27,7 +27,7 @@ _DELICATE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Choice:
     """How one tensor is stored: at `bits`, or raw when that is None."""
 

@@ -189,10 +189,7 @@ def test_a_long_tensor_takes_little_memory(tmp_path: Path, shape: tuple[int, ...
     assert result.memory <= MEMORY
 
 
-TINY = "3.5 kB are kept for each tensor: 100,000 take 370 MB"
-
-
-@pytest.mark.parametrize("count", [case(104, "5000-tiny-tensors", 5_000, xfail=TINY)])
+@pytest.mark.parametrize("count", [case(104, "20000-tiny-tensors", 20_000)])
 def test_many_tensors_take_little_memory(tmp_path: Path, count: int) -> None:
     tensors = {f"{i:06d}": ("F32", (2,), struct.pack("<2f", i, 1)) for i in range(count)}
     (result,) = measure("h.convert(path, path + '.hlwq')", write_model(tmp_path / "m", tensors))

@@ -16,7 +16,7 @@ from . import metadata as md
 from .atomic import AtomicFile
 from .errors import BadData, Internal, SelfCheckFailed, UnsupportedFeature
 from .interrupts import Gate, lift_gates, set_gates, uninterrupted
-from .layout import HEADER_LEN, align, make_header, place_sections
+from .layout import HEADER_LEN, Header, align, make_header, place_sections
 from .reader import Reader
 from .sections import make_section
 
@@ -123,25 +123,27 @@ class Writer:
 
         A `verify` of one's own must read every section; it may raise SelfCheckFailed.
         """
+        encoded = self._write_metadata(metadata).encode()
+        try:
+            with Reader(self._file.part, header=encoded) as reader:
+                verify(reader)
+        except (BadData, UnsupportedFeature) as error:
+            raise SelfCheckFailed(f"the written file does not read back: {error}; nothing was published") from error
+        self._file.write(0, encoded)
+        self._file.sync()
+        if self._file.read(0, HEADER_LEN) != encoded:
+            raise SelfCheckFailed("the written header does not read back; nothing was published")
+        self._file.publish()
+
+    def _write_metadata(self, metadata: md.Metadata) -> Header:
         document = md.encode(metadata)
-        lengths = [section.length for _, _, section in md.all_sections(metadata)]
-        if place_sections(lengths)[1] != self.position:
+        if place_sections(section.length for _, _, section in md.all_sections(metadata))[1] != self.position:
             raise Internal("the metadata does not list the sections that were written")
         header = make_header(self.position, document, hashlib.sha256(document).digest())
         self._file.write(self.position, bytes(header.meta_off - self.position))
         self._file.write(header.meta_off, document)
         self._file.sync(header.file_len)
-        encoded = header.encode()
-        try:
-            with Reader(self._file.part, header=encoded) as reader:
-                verify(reader)
-            self._file.write(0, encoded)
-            self._file.sync()
-            with Reader(self._file.part):  # the header, too, from disk
-                pass
-        except (BadData, UnsupportedFeature) as error:
-            raise SelfCheckFailed(f"the written file does not read back: {error}; nothing was published") from error
-        self._file.publish()
+        return header
 
     def __enter__(self) -> Writer:
         try:
