@@ -267,6 +267,7 @@ def with_string(before: bytes, after: bytes) -> bytes:
     return EMPTY.replace(before + after, before + b"x" * (LARGEST - len(EMPTY) - 4) + after)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "error", "part", "memory"),
     [

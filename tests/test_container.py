@@ -312,7 +312,7 @@ def make_link(path: Path) -> None:
 @pytest.mark.parametrize("make", [make_fifo, make_folder, make_dangling, Path.exists])
 def test_what_is_no_regular_file_is_a_missing_input(out: Path, make: Callable[[Path], object]) -> None:
     make(out)
-    with deadline(5), pytest.raises(errors.MissingInput):
+    with deadline(60), pytest.raises(errors.MissingInput):
         Reader(out)
 
 
@@ -353,7 +353,7 @@ def test_a_part_that_is_no_regular_file_is_left_alone(out: Path, make: Callable[
     part = Path(f"{out}.part")
     make(part)
     before = os.lstat(part)
-    with deadline(5), pytest.raises(errors.CannotCreate):
+    with deadline(60), pytest.raises(errors.CannotCreate):
         Writer(out).__enter__()
     assert os.path.samestat(os.lstat(part), before)
     if part.is_symlink():
@@ -396,7 +396,7 @@ def test_overwrite_keeps_the_old_file_until_the_end(out: Path) -> None:
 def test_an_output_that_is_no_regular_file_is_refused(out: Path, make: Callable[[Path], None], overwrite: bool) -> None:
     make(out)
     before = os.lstat(out)
-    with deadline(5), pytest.raises(errors.CannotCreate, match="not a regular file"):
+    with deadline(60), pytest.raises(errors.CannotCreate, match="not a regular file"):
         Writer(out, overwrite=overwrite).__enter__()
     assert os.path.samestat(os.lstat(out), before)
     assert not Path(f"{out}.part").exists()
