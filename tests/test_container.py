@@ -492,6 +492,18 @@ def test_a_damaged_write_publishes_nothing(out: Path, monkeypatch: pytest.Monkey
     assert only(out.parent)
 
 
+def test_a_damaged_header_publishes_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = AtomicFile.write
+
+    def damaged(self: AtomicFile, offset: int, data: bytes) -> None:
+        honest(self, offset, data[:-1] + b"\1" if any(data) and offset == 0 else data)
+
+    monkeypatch.setattr(AtomicFile, "write", damaged)
+    with Writer(out) as writer, pytest.raises(errors.SelfCheckFailed, match="header does not read back"):
+        writer.finish(write_sections(writer))
+    assert only(out.parent)
+
+
 def test_sections_that_are_not_listed_are_a_bug(out: Path) -> None:
     with Writer(out) as writer:
         metadata = write_sections(writer)

@@ -93,6 +93,7 @@ class Tracer:
     def __init__(self, place: Place | None = None, turn: int = 0) -> None:
         self.place, self.turn = place, turn
         self.seen: Counter[Place] = Counter()
+        self.sent = False
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> Any:
         if frame.f_code.co_filename not in FILES:
@@ -107,6 +108,7 @@ class Tracer:
     def _come_to(self, place: Place) -> None:
         self.seen[place] += 1
         if place == self.place and self.seen[place] == self.turn:
+            self.sent = True
             os.kill(os.getpid(), SIGNAL)  # handled before the next instruction of this function, and so of its caller
 
 
@@ -135,6 +137,7 @@ def die_after_a_checkpoint(source: Path, out: Path) -> None:
     assert len(list(out.parent.iterdir())) == 2
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="since 3.12 tracing of single instructions misses some of them")
 @pytest.mark.parametrize("state", ["fresh", "with checkpoints", "resumed"])
 def test_a_signal_anywhere(source: Path, new: bytes, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "CHECKPOINT_SECONDS", 3600 if state == "fresh" else 0)
