@@ -27,7 +27,8 @@ from .store import Run, write_tensors
 from .trellis import row_of
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, bytes done, bytes in all); (stage, 0, 0) for one whose end is not known."""
+"""Called with (stage, bytes done, bytes in all); (stage, 0, 0) for one whose end is not known. After ("publishing",
+0, 0) the output may be there whatever comes, an interrupt too."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def assemble(
         step = _stepper(progress, "converting", total)
         run = Run(model, writer, pool, settings.workers, job.recipe.effort, settings.nonfinite, step, job.warnings)
         planned = [(t, planning.choices[t.name]) for t in source.tensors if t.name not in aliases]
-        journal = Journal(writer.part, fingerprint(source, job.recipe, planned, settings.nonfinite))
+        journal = Journal(writer.journal, fingerprint(source, job.recipe, planned, settings.nonfinite))
         try:
             earlier, problem = load_earlier(writer, journal)
             if problem is not None:
@@ -105,19 +106,18 @@ def assemble(
                     raise MissedSize(reader.header.file_len)
                 self_check(reader, run.checksums, pool, ahead, _stepper(progress, "checking", total))
                 inspections.append(inspect_reader(reader))  # here: nothing may fail after the file is published
+                if progress is not None:
+                    progress("publishing", 0, 0)
 
             writer.finish(make_metadata(job, signs, tensors, assets), verify)
         except BaseException as error:
             run.stop.set()
-            if isinstance(error, Exception) or not journal.begun:
-                journal.discard()
-            else:
-                writer.keep = True
+            if not isinstance(error, Exception) and (writer.secured or writer.resumed) and not writer.published:
                 with suppress(HlwqError):  # the last checkpoint stands whether or not another can be made
-                    writer.flush()
-                    journal.checkpoint()
+                    _checkpoint(run, journal)
             raise
-        journal.discard()
+        finally:
+            journal.close()
     return msgspec.structs.replace(inspections[0], file=printable(os.fspath(out)), warnings=job.warnings)
 
 
@@ -135,9 +135,15 @@ def _store(run: Run, journal: Journal, planned: Planned, done: list[Done]) -> It
     for (tensor, _), entry in zip(rest, write_tensors(run, rest), strict=True):
         checksums = run.checksums.get(tensor.name, [])
         if journal.note(Done(entry, run.report[-1] if checksums else None, checksums), tensor.length):
-            run.writer.flush()
-            journal.checkpoint()
+            _checkpoint(run, journal)
         yield entry
+
+
+def _checkpoint(run: Run, journal: Journal) -> None:
+    """Secure what is stored; from the first time on an interrupt keeps it."""
+    run.writer.flush()
+    journal.checkpoint()
+    run.writer.secured = True
 
 
 def _upper_bound(job: Job, planning: Planning) -> int:

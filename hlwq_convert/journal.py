@@ -15,9 +15,10 @@ import time
 import msgspec
 
 from hlwq_formats import metadata as md
-from hlwq_formats.errors import CannotCreate, HlwqError, IoFailure
+from hlwq_formats.errors import HlwqError, IoFailure
 from hlwq_formats.file_ops import OPS
 from hlwq_formats.files import InputFile
+from hlwq_formats.interrupts import uninterrupted
 
 from .inspection import TensorReport
 
@@ -52,21 +53,16 @@ class Done(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Journal:
-    """The journal beside an OUT.part whose lock is held."""
+    """The journal beside an OUT.part whose lock is held, which also removes it."""
 
-    def __init__(self, part: str, fingerprint: Fingerprint) -> None:
-        self.path = part + ".journal"
+    def __init__(self, path: str, fingerprint: Fingerprint) -> None:
+        self.path = path
         self._fingerprint = fingerprint
         self._fd = -1
         self._ends = [(b"", 0)]  # digest and end of each line, after none, one, two ...
         self._waiting: list[Done] = []
         self._bytes = 0
         self._last = time.monotonic()
-
-    @property
-    def begun(self) -> bool:
-        """Whether this run has a journal, so that it can be resumed when it is interrupted."""
-        return self._fd >= 0
 
     def load(self) -> tuple[list[Done], str | None]:
         """The tensors that an earlier run of the same conversion stored, and why they are of no use, if so."""
@@ -75,14 +71,14 @@ class Journal:
                 text = file.read(0, min(file.size, _MAX_BYTES))
         except HlwqError:
             return [], None
-        lines = []
+        lines, ends = [], [(b"", 0)]
         for line in text.splitlines(keepends=True):
-            chain, end = self._ends[-1]
+            chain, end = ends[-1]
             digest, body = line[:_DIGEST], line[_DIGEST + 1 : -1]
             if line != digest + b" " + body + b"\n" or digest != _link(chain, body):
                 break
             lines.append(body)
-            self._ends.append((digest, end + len(line)))
+            ends.append((digest, end + len(line)))
         try:
             earlier = msgspec.json.decode(lines[0], type=Fingerprint)
             done = [msgspec.json.decode(line, type=Done) for line in lines[1:]]
@@ -90,8 +86,11 @@ class Journal:
             return [], "its journal is damaged"
         if (difference := self._fingerprint.difference(earlier)) is not None:
             return [], f"{difference} changed"
+        if done:
+            self._ends = ends
         return done, None
 
+    @uninterrupted
     def resume(self, kept: int) -> None:
         """Go on after the first `kept` of the tensors that were loaded, forgetting the others."""
         self._ends = self._ends[: kept + 2]
@@ -107,8 +106,11 @@ class Journal:
         self._bytes += source_bytes
         return self._bytes >= CHECKPOINT_BYTES or time.monotonic() - self._last >= CHECKPOINT_SECONDS
 
+    @uninterrupted
     def checkpoint(self) -> None:
         """Write down what was noted. The sections must be on disk already."""
+        if not self._waiting:
+            return
         try:
             if self._fd < 0:
                 self._fd = OPS.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -131,24 +133,8 @@ class Journal:
             view = view[written:]
         self._ends.append((digest, end))
 
-    def remove(self) -> None:
-        """Close and remove the journal, this run's or one that was left behind."""
-        self.close()
-        self._ends = [(b"", 0)]
-        try:
-            OPS.unlink(self.path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise CannotCreate(f"cannot remove: {error.strerror}", file=self.path, hint="remove it") from None
-
-    def discard(self) -> None:
-        """`remove`, whatever stands in the way: a journal without its OUT.part means nothing."""
-        with contextlib.suppress(HlwqError):
-            self.remove()
-
     def close(self) -> None:
-        """Close the journal and keep it."""
+        """Close the journal."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 OPS.close(self._fd)

@@ -32,7 +32,7 @@ _DELICATE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Choice:
     """How one tensor is stored: by scalar codes of `bits`, by a trellis with a `step`, or raw when both are None.
 

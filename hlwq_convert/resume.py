@@ -41,14 +41,12 @@ def fingerprint(source: Source, recipe: md.Recipe, planned: Planned, nonfinite: 
 
 def load_earlier(writer: Writer, journal: Journal) -> tuple[list[Done], str | None]:
     """The tensors that the journal of an interrupted run lists, and why an earlier run is of no use, if so. When there
-    are none, `writer` and `journal` have begun anew."""
+    are none, `writer` has begun anew."""
     if not writer.resumed:
-        journal.remove()
         return [], None
     earlier, problem = journal.load()
     if not earlier:
         writer.restart()
-        journal.remove()
     return earlier, problem
 
 

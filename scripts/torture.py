@@ -1,6 +1,6 @@
 """Kill conversions at random moments and make pairs of them fail at every operation; see crash_harness.
 
-python scripts/torture.py [--kills 300] [--no-pairs] [--flips 100000]
+python scripts/torture.py [--kills 300] [--rows 10000] [--no-pairs] [--signals 200] [--flips 100000]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -66,9 +67,9 @@ def pairs(folder: Path) -> int:
     return done
 
 
-def kills(folder: Path, wanted: int) -> tuple[int, int]:
+def kills(folder: Path, wanted: int, rows: int) -> tuple[int, int]:
     """SIGKILL a child that converts, at a random moment, again and again; return kills and resumed conversions."""
-    model = make_model(folder / "m", 10_000, 12)
+    model = make_model(folder / "m", rows, 12)
     out = folder / "out" / "o.hlwq"
     out.parent.mkdir()
     h.convert(model, out)  # compiles, or loads what was compiled
@@ -99,6 +100,37 @@ def kills(folder: Path, wanted: int) -> tuple[int, int]:
         resumed += Path(f"{out}.part.journal").exists()
         finish(model, out, new)
     return killed, resumed
+
+
+def signals(folder: Path, wanted: int, rows: int) -> tuple[int, int]:
+    """Send SIGINT, SIGTERM or SIGHUP to the command, at a random moment from its start to its end; return how many were
+    sent, and how many of these conversions were interrupted and not done already."""
+    model = make_model(folder / "m", rows, 12)
+    out = folder / "out" / "o.hlwq"
+    out.parent.mkdir()
+    command = [sys.executable, "-c", "from hlwq_convert.cli import start; start.convert()", model, out, "--quiet"]
+    subprocess.run(command, check=True)  # compiles, or loads what was compiled
+    out.unlink()
+    began = time.monotonic()
+    subprocess.run(command, check=True)
+    duration, new = time.monotonic() - began, out.read_bytes()
+    rng = random.Random(0)
+    interrupted = 0
+    for i in range(wanted):
+        out.unlink(missing_ok=True)
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        time.sleep(duration * rng.uniform(0.1, 1.1))
+        number = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=600)
+        left = sorted(path.name for path in out.parent.iterdir())
+        if child.returncode == 0:
+            assert left == [out.name] and out.read_bytes() == new, (i, left)
+        else:  # or before the first line of ours could run: then Python ends, or is ended, in its own way
+            assert child.returncode in (128 + number, -number) or "KeyboardInterrupt" in errors, (i, errors)
+            assert left == [], (i, number, errors, left)
+            interrupted += 1
+    return wanted, interrupted
 
 
 def flips(folder: Path, wanted: int) -> int:
@@ -135,7 +167,9 @@ def main() -> None:
     """Run and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=10_000, help="of each matrix of the model that is killed over")
     parser.add_argument("--no-pairs", action="store_true")
+    parser.add_argument("--signals", type=int, default=200)
     parser.add_argument("--flips", type=int, default=0)
     options = parser.parse_args()
     warnings.simplefilter("ignore", DeprecationWarning)  # of fork in a process with threads, which are idle here
@@ -143,12 +177,17 @@ def main() -> None:
     try:
         began = time.monotonic()
         (folder / "kills").mkdir()
-        killed, resumed = kills(folder / "kills", options.kills)
+        killed, resumed = kills(folder / "kills", options.kills, options.rows)
         print(f"{killed} kills survived in {time.monotonic() - began:.0f} s, {resumed} conversions resumed", flush=True)
         if not options.no_pairs:
             began = time.monotonic()
             (folder / "pairs").mkdir()
             print(f"{pairs(folder / 'pairs')} pairs survived in {time.monotonic() - began:.0f} s", flush=True)
+        if options.signals:
+            began = time.monotonic()
+            (folder / "signals").mkdir()
+            sent, interrupted = signals(folder / "signals", options.signals, options.rows)
+            print(f"{sent} signals survived in {time.monotonic() - began:.0f} s, {interrupted} conversions interrupted")
         if options.flips:
             began = time.monotonic()
             (folder / "flips").mkdir()

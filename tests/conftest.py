@@ -14,6 +14,11 @@ from models import small_model
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The one marker of these tests."""
+    config.addinivalue_line("markers", "once: slow, and about processes or the system; scripts/test runs it once")
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny sharded llama-like model; tests must not change it."""

@@ -42,11 +42,11 @@ TRELLIS |= {"states": (8, 32, 64, 256), "step": range(2**23, 2**24), "source_sha
 POLYNOMIALS = {8: ("1011", "0100"), 32: ("100101", "001000"), 64: ("1000011", "0010100")}  # 6.7
 POLYNOMIALS |= {256: ("101001101", "011110010")}
 RULES = [{"bits": (BITS, None), "match": TEXT}, range(10001)]
-ASSET = {"name": NAME, "sections": [SECTION, range(1, 2)]}
+ASSETS = [{"name": NAME, "sections": [SECTION, range(1, 2)]}, range(10001)]
 RECIPE_1_0 = {"bits": (BITS, None), "effort": TEXT, "name": (TEXT, None), "rules": RULES}
 RECIPE = (RECIPE_1_0, RECIPE_1_0 | {"target": TEXT})
 SOURCE = {"files": [{"length": COUNT, "name": NAME}, range(10001)], "repo": (TEXT, None), "revision": (TEXT, None)}
-DOCUMENT = {"assets": [ASSET, COUNT], "recipe": RECIPE, "signs": (None, PLAIN), "source": SOURCE, "split": None}
+DOCUMENT = {"assets": ASSETS, "recipe": RECIPE, "signs": (None, PLAIN), "source": SOURCE, "split": None}
 DOCUMENT |= {"tensors": [(RAW, SCALAR, TRELLIS, TENSOR | {"encoding": "alias", "of": NAME}), range(200001)]}
 DOCUMENT |= {"tool": {"name": TEXT, "version": TEXT, "zstd": TEXT}}
 

@@ -34,16 +34,23 @@ def fail(monkeypatch: pytest.MonkeyPatch, operation: str, code: int, times: int 
     return failures
 
 
+def start(out: Path, *, overwrite: bool = False, resume: bool = False) -> AtomicFile:
+    file = AtomicFile(out, overwrite=overwrite)
+    file.begin(resume=resume)
+    return file
+
+
 def leave_part(out: Path, content: bytes = b"old") -> Path:
     part = Path(f"{out}.part")
     part.write_bytes(content)
+    Path(f"{part}.journal").write_bytes(b"theirs")
     return part
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks(out: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     fail(monkeypatch, "lock", code)
-    file = AtomicFile(out, overwrite=False)
+    file = start(out)
     file.write(0, b"new")
     file.sync()
     file.publish()
@@ -53,7 +60,7 @@ def test_a_file_system_without_locks(out: Path, monkeypatch: pytest.MonkeyPatch,
 def test_a_lock_that_fails_leaves_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail(monkeypatch, "lock", errno.EIO)
     with pytest.raises(CannotCreate, match="Input/output error"):
-        AtomicFile(out, overwrite=False)
+        start(out)
     assert list(out.parent.iterdir()) == []
 
 
@@ -65,14 +72,14 @@ def test_a_lock_that_fails_when_another_took_the_place(out: Path, monkeypatch: p
 
     monkeypatch.setattr(OPS, "lock", replaced)
     with pytest.raises(CannotCreate):
-        AtomicFile(out, overwrite=False)
+        start(out)
     assert Path(f"{out}.part").read_bytes() == b"theirs"
 
 
 def test_a_new_file_whose_lock_another_took(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = fail(monkeypatch, "lock", errno.EAGAIN)
     with pytest.raises(Locked):
-        AtomicFile(out, overwrite=False)
+        start(out)
     assert len(failures) == 2  # of the new file, then of what is now an old one
 
 
@@ -88,7 +95,7 @@ def test_a_part_that_keeps_being_replaced(out: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(OPS, "lock", lock_and_lose)
     with pytest.raises(Locked):
-        AtomicFile(out, overwrite=False)
+        start(out)
 
 
 def test_a_part_that_vanishes_while_it_is_locked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +108,7 @@ def test_a_part_that_vanishes_while_it_is_locked(out: Path, monkeypatch: pytest.
         monkeypatch.setattr(OPS, "lock", honest)
 
     monkeypatch.setattr(OPS, "lock", lock_and_lose)
-    AtomicFile(out, overwrite=False, resume=True).abandon()
+    start(out, resume=True).abandon()
     assert list(out.parent.iterdir()) == []
 
 
@@ -114,7 +121,7 @@ def test_a_new_part_that_is_replaced_before_it_is_locked(out: Path, monkeypatch:
         monkeypatch.setattr(OPS, "lock", honest)
 
     monkeypatch.setattr(OPS, "lock", lock_and_lose)
-    AtomicFile(out, overwrite=False).abandon()
+    start(out).abandon()
     assert list(out.parent.iterdir()) == []
 
 
@@ -128,7 +135,7 @@ def test_a_part_that_appears_in_between(out: Path, monkeypatch: pytest.MonkeyPat
         return honest(path, flags)
 
     monkeypatch.setattr(OPS, "open", open_after_another)
-    AtomicFile(out, overwrite=False).abandon()
+    start(out).abandon()
     assert list(out.parent.iterdir()) == []
 
 
@@ -142,7 +149,7 @@ def test_another_failure_to_create(out: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(OPS, "open", no_descriptors)
     with pytest.raises(CannotCreate, match="Too many open files"):
-        AtomicFile(out, overwrite=False)
+        start(out)
 
 
 @pytest.mark.parametrize("operation", ["open", "lock", "unlink"])
@@ -150,7 +157,7 @@ def test_an_old_part_that_cannot_be_had(out: Path, monkeypatch: pytest.MonkeyPat
     part = leave_part(out)
     fail(monkeypatch, operation, errno.EACCES)
     with pytest.raises(CannotCreate, match="cannot replace: Permission denied; remove it"):
-        AtomicFile(out, overwrite=False)
+        start(out)
     assert part.read_bytes() == b"old"
 
 
@@ -158,13 +165,13 @@ def test_an_old_part_that_cannot_be_had(out: Path, monkeypatch: pytest.MonkeyPat
 def test_a_part_that_is_no_file(out: Path, make: Callable[[str], None]) -> None:
     make(f"{out}.part")
     with pytest.raises(CannotCreate):
-        AtomicFile(out, overwrite=False)
+        start(out)
     assert Path(f"{out}.part").exists()
 
 
 def test_what_is_resumed_can_be_thrown_away(out: Path) -> None:
     leave_part(out)
-    file = AtomicFile(out, overwrite=False, resume=True)
+    file = start(out, resume=True)
     assert file.resumed
     assert file.read(0, 10) == b"old"
     file.restart()
@@ -176,7 +183,7 @@ def test_what_is_resumed_can_be_thrown_away(out: Path) -> None:
 
 def test_what_is_resumed_may_not_be_removable(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_part(out)
-    file = AtomicFile(out, overwrite=False, resume=True)
+    file = start(out, resume=True)
     fail(monkeypatch, "unlink", errno.EPERM)
     with pytest.raises(CannotCreate, match="cannot replace"):
         file.restart()
@@ -184,7 +191,7 @@ def test_what_is_resumed_may_not_be_removable(out: Path, monkeypatch: pytest.Mon
 
 
 def test_a_failed_read(out: Path) -> None:
-    file = AtomicFile(out, overwrite=False)
+    file = start(out)
     with pytest.raises(IoFailure, match="Invalid argument"):
         file.read(-1, 1)
     file.abandon()
@@ -193,7 +200,7 @@ def test_a_failed_read(out: Path) -> None:
 
 
 def test_abandoning_what_another_took_removes_nothing(out: Path) -> None:
-    file = AtomicFile(out, overwrite=False)
+    file = start(out)
     Path(f"{out}.part").unlink()
     theirs = leave_part(out, b"theirs")
     file.abandon()
@@ -222,29 +229,62 @@ def test_a_platform_without_the_call_for_a_new_name(tmp_path: Path, monkeypatch:
 def test_a_folder_that_may_not_be_written_to(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # for root every folder is writable
     with pytest.raises(CannotCreate, match="its folder is not writable"):
-        AtomicFile(out, overwrite=False)
+        start(out)
 
 
-def test_a_part_is_not_resumed_where_its_lock_cannot_be_tried(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_part(out)
-    honest, opened = OPS.open, []
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_part_whose_lock_cannot_be_tried_is_left(out: Path, monkeypatch: pytest.MonkeyPatch, resume: bool) -> None:
+    part = leave_part(out)
+    honest, calls = OPS.open, []
 
     def only_once(path: str, flags: int) -> int:
-        opened.append(flags)
-        if len(opened) == 2:
+        calls.append(flags)
+        if len(calls) == 2:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return honest(path, flags)
 
     monkeypatch.setattr(OPS, "open", only_once)
-    file = AtomicFile(out, overwrite=False, resume=True)
+    with pytest.raises(CannotCreate, match="Too many open files"):
+        start(out, resume=resume)
+    assert part.read_bytes() == b"old"
+
+
+def test_a_part_that_vanishes_while_its_lock_is_tried(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = leave_part(out)
+    honest, calls = OPS.open, []
+
+    def gone_the_second_time(path: str, flags: int) -> int:
+        calls.append(flags)
+        if len(calls) == 2:
+            part.unlink()
+        return honest(path, flags)
+
+    monkeypatch.setattr(OPS, "open", gone_the_second_time)
+    start(out).abandon()
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_part_without_a_journal_is_not_resumed(out: Path) -> None:
+    leave_part(out)
+    Path(f"{out}.part.journal").unlink()
+    file = start(out, resume=True)
     assert not file.resumed
     assert file.read(0, 10) == b""
     file.abandon()
 
 
+def test_a_journal_that_cannot_be_removed_is_said(out: Path) -> None:
+    Path(f"{out}.part.journal").mkdir()
+    file = AtomicFile(out, overwrite=False)
+    with pytest.raises(CannotCreate, match=r"journal: cannot remove: .*; remove it"):
+        file.begin()
+    file.abandon()
+    assert [path.name for path in out.parent.iterdir()] == ["o.hlwq.part.journal"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_another_put_in_our_place_is_not_published(out: Path, overwrite: bool) -> None:
-    file = AtomicFile(out, overwrite=overwrite)
+    file = start(out, overwrite=overwrite)
     file.write(0, b"ours")
     Path(f"{out}.part").unlink()
     theirs = leave_part(out, b"theirs")

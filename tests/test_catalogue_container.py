@@ -62,8 +62,7 @@ HEADERS = [
     bad(2, "something-else", b"\x7fELF" + bytes(200), "NotHlwq", "7f 45 4c 46", "expected 48 4c 57 51"),
     bad(3, "crlf-became-lf", GOOD.replace(b"\r\n", b"\n"), "NotHlwq", "text-mode transfer damage"),
     bad(3, "lf-became-crlf", GOOD.replace(b"\n", b"\r\n"), "NotHlwq", "text-mode transfer damage"),
-    bad(3, "top-bits-stripped", bytes(byte & 127 for byte in GOOD), "BadHeader", "text-mode transfer damage",
-        xfail="the magic has no byte over 127, so the header is only said to be damaged"),
+    bad(3, "top-bits-stripped", bytes(byte & 127 for byte in GOOD), "BadHeader", "text-mode transfer damage"),
     bad(4, "version-0", base().build(major=0), "BadHeader", "version 0"),
     bad(4, "version-2", base().build(major=2), "UnsupportedVersion", "needs a reader for 2.x", "reads 1.x"),
     bad(4, "version-65535", base().build(major=65535, minor=65535), "UnsupportedVersion", "reader for 65535.x"),
@@ -123,20 +122,15 @@ def test_a_bad_file_is_refused(tmp_path: Path, files: list[bytes], error: str, p
     check_bad_files(tmp_path, files, error, parts)
 
 
-NAMES_OF_KEYS = "the message shows the text from the first difference, which may be within the key"
-
-
-@pytest.mark.parametrize(
-    "named", [case(22, "each-key", False), case(22, "each-key-is-named", True, xfail=NAMES_OF_KEYS)]
-)
-def test_a_duplicate_key_is_refused(tmp_path: Path, named: bool) -> None:
+@pytest.mark.parametrize("at_least", [case(22, "each-key", 26)])
+def test_a_duplicate_key_is_refused(tmp_path: Path, at_least: int) -> None:
     seen = set()
     for key, start, end in keys():
         data = layout(DOCUMENT[:end] + b"," + DOCUMENT[start:end] + DOCUMENT[end:], BLOBS)
-        with refused("BadMetadata", *([key] if named else [])):
+        with refused("BadMetadata", f'metadata: key "{key}" appears twice'):
             Reader(write(tmp_path / "bad.hlwq", data))
         seen.add(key)
-    assert len(seen) > 25
+    assert len(seen) >= at_least
 
 
 @pytest.mark.parametrize("bit", [case(6, f"bit-{bit}", bit) for bit in (0, 1, 17, 63)])
@@ -258,7 +252,6 @@ EMPTY = canonical(empty().document)
 SECTION = b'{"kind":"raw","length":0,"sha256":"' + b"0" * 64 + b'"}'
 TENSOR = b'{"dtype":"U8","encoding":"raw","name":"a","reason":"","sections":[%b],"shape":[0]}'
 ALIASED = b'{"dtype":"","encoding":"alias","name":"%05x","of":"0","shape":[]}'
-MILLION = "a million objects are decoded before they are counted: 300 MiB and 1.9 s"
 LARGEST, MANY = 64 << 20, "more elements than any real one"
 
 
@@ -274,6 +267,7 @@ def with_string(before: bytes, after: bytes) -> bytes:
     return EMPTY.replace(before + after, before + b"x" * (LARGEST - len(EMPTY) - 4) + after)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("make", "error", "part", "memory"),
     [
@@ -284,8 +278,8 @@ def with_string(before: bytes, after: bytes) -> bytes:
         case(27, "string", lambda: with_string(b'"zstd":"', b'none"'), "BadMetadata", "$.tool.zstd", MEMORY),
         case(27, "key", lambda: with_string(b'"', b'assets"'), "BadMetadata", "unknown field `xxx", MEMORY),
         case(27, "spaces", lambda: b" " * LARGEST, "BadMetadata", "truncated", MEMORY),
-        case(32, "200001-tensors", lambda: aliases(200_001), "BadMetadata", "length <= 200000", METADATA_MEMORY),
-        case(52, "1000000-tensors", lambda: aliases(1_000_000), "BadMetadata", "", MEMORY, xfail=MILLION),
+        case(32, "200001-tensors", lambda: aliases(200_001), "BadMetadata", "200001 tensors, at most 200000", MEMORY),
+        case(52, "1000000-tensors", lambda: aliases(1_000_000), "BadMetadata", "1000000 tensors, at", MEMORY),
     ],
 )  # fmt: skip
 def test_large_metadata(tmp_path: Path, make: Callable[[], bytes], error: str, part: str, memory: int) -> None:

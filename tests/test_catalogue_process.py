@@ -40,6 +40,8 @@ from hlwq_formats import files
 from hlwq_formats.file_ops import OPS
 from hlwq_formats.safetensors_dir import ModelDir
 
+pytestmark = pytest.mark.once
+
 TENSORS = {"a.weight": normal((64, 80), 1), "b.weight": normal((48, 96), 2), "norm": normal((80,), 3)}
 SHARD = "model.safetensors"
 DEAR = b"something dear"

@@ -206,6 +206,7 @@ def flat(count: int, value: bytes) -> bytes:
     return b"{" + b",".join(b'"%07x":%b' % (i, value) for i in range(count)) + b"}"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("file", "make", "error", "part"),
     [

@@ -181,6 +181,7 @@ def test_a_tensor_behind_a_huge_section(tmp_path: Path, length: int) -> None:
         assert file.get_tensor("b").tolist() == [1, 2, 3, 4]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shape", [case(104, "one-row", (1, 5 * 10**7)), case(104, "one-column", (5 * 10**7, 1))])
 def test_a_long_tensor_takes_little_memory(tmp_path: Path, shape: tuple[int, ...]) -> None:
     folder = sparse_model(tmp_path / "m", "BF16", shape, 10**8, struct.pack("<H", 0x3F80))
@@ -189,10 +190,8 @@ def test_a_long_tensor_takes_little_memory(tmp_path: Path, shape: tuple[int, ...
     assert result.memory <= MEMORY
 
 
-TINY = "3.5 kB are kept for each tensor: 100,000 take 370 MB"
-
-
-@pytest.mark.parametrize("count", [case(104, "5000-tiny-tensors", 5_000, xfail=TINY)])
+@pytest.mark.once
+@pytest.mark.parametrize("count", [case(104, "20000-tiny-tensors", 20_000)])
 def test_many_tensors_take_little_memory(tmp_path: Path, count: int) -> None:
     tensors = {f"{i:06d}": ("F32", (2,), struct.pack("<2f", i, 1)) for i in range(count)}
     (result,) = measure("h.convert(path, path + '.hlwq')", write_model(tmp_path / "m", tensors))

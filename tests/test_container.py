@@ -312,7 +312,7 @@ def make_link(path: Path) -> None:
 @pytest.mark.parametrize("make", [make_fifo, make_folder, make_dangling, Path.exists])
 def test_what_is_no_regular_file_is_a_missing_input(out: Path, make: Callable[[Path], object]) -> None:
     make(out)
-    with deadline(5), pytest.raises(errors.MissingInput):
+    with deadline(60), pytest.raises(errors.MissingInput):
         Reader(out)
 
 
@@ -327,7 +327,7 @@ def test_a_path_with_a_nul_is_a_missing_input() -> None:
 def test_a_second_writer_is_locked_out(out: Path, content: bytes) -> None:
     with Writer(out) as first:
         with pytest.raises(errors.Locked):
-            Writer(out)
+            Writer(out).__enter__()
         first.finish(write_sections(first))
     assert out.read_bytes() == content
 
@@ -353,8 +353,8 @@ def test_a_part_that_is_no_regular_file_is_left_alone(out: Path, make: Callable[
     part = Path(f"{out}.part")
     make(part)
     before = os.lstat(part)
-    with deadline(5), pytest.raises(errors.CannotCreate):
-        Writer(out)
+    with deadline(60), pytest.raises(errors.CannotCreate):
+        Writer(out).__enter__()
     assert os.path.samestat(os.lstat(part), before)
     if part.is_symlink():
         assert part.read_bytes() == DEAR
@@ -363,7 +363,7 @@ def test_a_part_that_is_no_regular_file_is_left_alone(out: Path, make: Callable[
 def test_an_existing_output_is_refused_and_untouched(out: Path) -> None:
     out.write_bytes(DEAR)
     with pytest.raises(errors.CannotCreate, match="exists already"):
-        Writer(out)
+        Writer(out).__enter__()
     assert out.read_bytes() == DEAR
     assert only(out.parent, out.name)
 
@@ -396,8 +396,8 @@ def test_overwrite_keeps_the_old_file_until_the_end(out: Path) -> None:
 def test_an_output_that_is_no_regular_file_is_refused(out: Path, make: Callable[[Path], None], overwrite: bool) -> None:
     make(out)
     before = os.lstat(out)
-    with deadline(5), pytest.raises(errors.CannotCreate, match="not a regular file"):
-        Writer(out, overwrite=overwrite)
+    with deadline(60), pytest.raises(errors.CannotCreate, match="not a regular file"):
+        Writer(out, overwrite=overwrite).__enter__()
     assert os.path.samestat(os.lstat(out), before)
     assert not Path(f"{out}.part").exists()
 
@@ -416,7 +416,7 @@ def test_a_link_that_appears_while_overwriting_is_refused(out: Path) -> None:
 def test_an_impossible_place_cannot_be_created(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(errors.CannotCreate):
-        Writer(tmp_path / name)
+        Writer(tmp_path / name).__enter__()
     assert only(tmp_path, "file")
 
 
@@ -492,6 +492,18 @@ def test_a_damaged_write_publishes_nothing(out: Path, monkeypatch: pytest.Monkey
     assert only(out.parent)
 
 
+def test_a_damaged_header_publishes_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = AtomicFile.write
+
+    def damaged(self: AtomicFile, offset: int, data: bytes) -> None:
+        honest(self, offset, data[:-1] + b"\1" if any(data) and offset == 0 else data)
+
+    monkeypatch.setattr(AtomicFile, "write", damaged)
+    with Writer(out) as writer, pytest.raises(errors.SelfCheckFailed, match="header does not read back"):
+        writer.finish(write_sections(writer))
+    assert only(out.parent)
+
+
 def test_sections_that_are_not_listed_are_a_bug(out: Path) -> None:
     with Writer(out) as writer:
         metadata = write_sections(writer)
@@ -535,7 +547,7 @@ def test_a_full_disk_is_an_io_failure_with_figures(out: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, call, full, raising=False)
     with pytest.raises(errors.IoFailure, match=r"needs \d+ bytes, \d+ more are free") as caught:
-        Writer(out, reserve=4321)
+        Writer(out, reserve=4321).__enter__()
     assert caught.value.exit_status == 74
     assert ("4321" in str(caught.value)) == (call == "posix_fallocate")
     assert only(out.parent)
@@ -646,7 +658,7 @@ def test_only_the_canonical_document_is_read(content: bytes, out: Path, edit: Ca
 @pytest.mark.parametrize("name", ["\x1b]0;x\x07.hlwq", "\u202eqwlh.hlwq", "a\nb.hlwq", os.fsdecode(b"\xff.hlwq")])
 def test_hostile_file_names_are_escaped(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    for action in (Reader, lambda p: (p.mkdir(), Writer(p))):
+    for action in (Reader, lambda p: (p.mkdir(), Writer(p).__enter__())):
         with pytest.raises(errors.HlwqError) as caught:
             action(path)
         assert is_plain_line(str(caught.value))

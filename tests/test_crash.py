@@ -82,6 +82,7 @@ def test_every_operation_may_fail(source: Path, new: bytes, out: Path, mode: str
     assert mode == "dies" or "IoFailure" in results
 
 
+@pytest.mark.once
 def test_a_run_that_follows_a_death_may_fail_too(source: Path, new: bytes, out: Path) -> None:
     """Some of the pairs; scripts/torture does all of them."""
     count = operations(source, out)
@@ -95,9 +96,10 @@ def test_a_run_that_follows_a_death_may_fail_too(source: Path, new: bytes, out: 
                 out.unlink()
 
 
+@pytest.mark.once
 def test_real_kills() -> None:
     done = subprocess.run(
-        [sys.executable, SCRIPTS / "torture.py", "--kills", "30", "--no-pairs"],
+        [sys.executable, SCRIPTS / "torture.py", "--kills", "30", "--rows", "2000", "--no-pairs", "--signals", "0"],
         capture_output=True,
         text=True,
         timeout=300,

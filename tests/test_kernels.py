@@ -243,6 +243,7 @@ def run_sample(**env: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.once
 def test_other_instruction_sets_give_the_same_bits(tmp_path: Path) -> None:
     here = run_sample()
     plain = run_sample(NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="", XDG_CACHE_HOME=str(tmp_path))
@@ -250,12 +251,14 @@ def test_other_instruction_sets_give_the_same_bits(tmp_path: Path) -> None:
     assert plain[0] == here[0]
 
 
+@pytest.mark.once
 def test_without_a_folder_for_machine_code_kernels_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     blocked = run_sample(XDG_CACHE_HOME=str(tmp_path / "file"), NUMBA_CACHE_DIR="")
     assert blocked == [*run_sample()[:2], "None"]
 
 
+@pytest.mark.once
 def test_machine_code_is_kept(tmp_path: Path) -> None:
     folder = Path(run_sample(XDG_CACHE_HOME=str(tmp_path), NUMBA_CACHE_DIR="")[2])
     assert folder.parent == tmp_path / "hlwq"

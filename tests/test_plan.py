@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from models import Tensor, normal, small_model, small_tensors, tensor, write_model
 
-from hlwq_convert import conversion, convert
-from hlwq_convert.conversion import Job, merge_choices, prepare, tie_warnings
+from hlwq_convert import convert, job
+from hlwq_convert.conversion import merge_choices, tie_warnings
 from hlwq_convert.dry_run import dry_run
 from hlwq_convert.duplicates import find_duplicates
 from hlwq_convert.inspection import Inspection
+from hlwq_convert.job import Job, prepare
 from hlwq_convert.plan import MIN_ELEMENTS, Choice, plan
 from hlwq_convert.recipe import builtin_recipes, make_recipe
 from hlwq_convert.source import open_source
@@ -553,9 +554,9 @@ def test_more_tensors_than_the_metadata_can_describe_are_refused_at_once(
     convert(source, tmp_path / "o.hlwq")
     with Reader(tmp_path / "o.hlwq") as reader:
         real = reader.header.meta_len
-    monkeypatch.setattr(conversion, "_MANY", 40)
-    monkeypatch.setattr(conversion, "MAX_METADATA", real + 40)
+    monkeypatch.setattr(job, "_MANY", 40)
+    monkeypatch.setattr(job, "MAX_METADATA", real + 40)
     prepare(source)
-    monkeypatch.setattr(conversion, "MAX_METADATA", real - 1000)
+    monkeypatch.setattr(job, "MAX_METADATA", real - 1000)
     with pytest.raises(BadModelDir, match=r"40 tensors need about [0-9]+ bytes of metadata, a file can hold"):
         prepare(source)

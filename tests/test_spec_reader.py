@@ -5,14 +5,20 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from spec_reader import REFUSALS, read
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from vectors_bad import empty
+
 import hlwq_convert as h
 from hlwq_convert.decode import decode_quantized
 from hlwq_formats import metadata as md
+from hlwq_formats.errors import BadMetadata
+from hlwq_formats.reader import Reader
 
 VECTORS = Path(__file__).resolve().parent.parent / "spec" / "vectors"
 FAULTY = sorted(path for folder in ("bad", "unsupported") for path in (VECTORS / folder).glob("*.hlwq"))
@@ -50,6 +56,33 @@ def test_a_converted_model_reads_alike(converted: Path) -> None:
                 assert data == b"".join(file.reader.raw_chunks(tensor))
             else:
                 assert data == decode_quantized(file.reader, tensor).tobytes()
+
+
+def many(what: str, count: int) -> bytes:
+    """A file that lists so many of something: too large to lie among the vectors."""
+    parts = empty()
+    if what == "rules":
+        parts.document["recipe"]["rules"] = [{"bits": 4, "match": ""}] * count
+    elif what == "source files":
+        parts.document["source"]["files"] = [{"length": 0, "name": "s"}] * count
+    else:
+        for i in range(count):
+            parts.asset(f"{i:05d}", b"")
+    return parts.build()
+
+
+@pytest.mark.parametrize("what", ["rules", "source files", "assets"])
+def test_both_readers_count_what_is_listed(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.hlwq"
+    path.write_bytes(many(what, 10_000))
+    read(path.read_bytes())
+    with Reader(path) as reader:
+        reader.verify()
+    path.write_bytes(many(what, 10_001))
+    with pytest.raises(REFUSALS):
+        read(path.read_bytes())
+    with pytest.raises(BadMetadata, match="length <= 10000"):
+        Reader(path)
 
 
 def test_it_is_short_and_stands_alone() -> None:

@@ -3,7 +3,11 @@
 Everything is written to OUT.part beside OUT, under a lock on OUT.part itself, and renamed at the end. The
 lock is taken on the open file, so it needs no third file and ends with the process, however that ends.
 A leftover of a dead process is continued, when that is asked for and it has no other name, or else unlinked;
-it is never truncated: it may be a hard link to something dear.
+it is never truncated: it may be a hard link to something dear. What makes OUT.part or gives it another name is
+uninterrupted, so that this object knows of it; whoever uses it sees to it that one of its three ends comes.
+
+Beside it OUT.part.journal may stand, written by others, which says what of OUT.part is good. It means nothing
+without OUT.part, and goes when that goes.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import stat
 
 from .errors import CannotCreate, HlwqError, IoFailure, Locked
 from .file_ops import OPS
+from .interrupts import uninterrupted
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -42,34 +47,51 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
 
 
 class AtomicFile:
-    """OUT.part, open for reading and writing by position, until `publish`, `abandon` or `leave`.
+    """OUT.part, open for reading and writing by position from `begin` until `publish`, `abandon` or `leave`."""
 
-    With `resume` a leftover of a dead process is opened as it is and `resumed` is True.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool, resume: bool = False) -> None:
-        check_destination(path, overwrite=overwrite)
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool) -> None:
         self.path = os.fspath(path)
         self.part = self.path + ".part"
+        self.journal = self.part + ".journal"
         self._overwrite = overwrite
         self.resumed = False
-        self._fd = self._open_locked(resume)
+        self.published = False
+        self._fd = -1
 
+    @uninterrupted
+    def begin(self, *, resume: bool = False) -> None:
+        """Make OUT.part. With `resume` one that a dead process left with a journal is opened as it is, and `resumed` is
+        True."""
+        check_destination(self.path, overwrite=self._overwrite)
+        self._fd = self._open_locked(resume)
+        if not self.resumed:
+            self._remove_journal()
+
+    @uninterrupted
     def restart(self) -> None:
         """Throw away what a resumed file holds and begin a new one."""
         try:
             OPS.unlink(self.part)
         except OSError as error:
-            raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
+            raise self._cannot_replace(error) from None
         self._close()
         self.resumed = False
         self._fd = self._open_locked(False)
+        self._remove_journal()
+
+    def _remove_journal(self) -> None:
+        try:
+            OPS.unlink(self.journal)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise CannotCreate(f"cannot remove: {error.strerror}", file=self.journal, hint="remove it") from None
 
     def _open_locked(self, resume: bool) -> int:
         for _ in range(8):  # every round but the first follows a race with another process
             stale = self._lock_stale()
             if stale is not None:
-                if resume and os.fstat(stale).st_nlink == 1 and self._is_locked():
+                if resume and os.path.exists(self.journal) and os.fstat(stale).st_nlink == 1:
                     self.resumed = True
                     return stale
                 self._unlink_stale(stale)
@@ -97,51 +119,59 @@ class AtomicFile:
         raise self._locked()
 
     def _lock_stale(self) -> int | None:
-        """The .part of a process that died, locked by us; None when there is none, Locked when its process lives."""
+        """The .part of a process that died, locked by us; None when there is none, Locked when its process lives, or
+        may live, because locks do nothing here."""
         try:
             fd = OPS.open(self.part, os.O_RDWR | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
+            raise self._cannot_replace(error) from None
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise CannotCreate("exists and is not a regular file", file=self.part, hint="remove it")
             OPS.lock(fd)
-            if self._is_ours(fd):
+            if self._is_ours(fd) and self._keeps_others_out():
                 return fd
         except BlockingIOError:
             OPS.close(fd)
             raise self._locked() from None
         except OSError as error:
             OPS.close(fd)
-            raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
+            raise self._cannot_replace(error) from None
         except BaseException:
             OPS.close(fd)
             raise
         OPS.close(fd)
         return None
 
-    def _is_locked(self) -> bool:
-        """Whether a lock keeps others out here: there are file systems where it does nothing, and a .part that
-        looks dead may be alive."""
+    def _keeps_others_out(self) -> bool:
+        """Whether the lock that we hold is one: there are file systems where all get it, and a .part that looks dead
+        may be alive. Then only the creation of .part tells who comes first, and only people can tell who died."""
         try:
             other = OPS.open(self.part, os.O_RDWR)
-            try:
-                OPS.lock(other)
-            finally:
-                OPS.close(other)
+        except FileNotFoundError:
+            return False
+        try:
+            OPS.lock(other)
         except BlockingIOError:
             return True
-        except OSError:
-            return False
-        return False
+        finally:
+            OPS.close(other)
+        raise Locked(
+            "is there, and locks do nothing on this file system: another process may be writing it",
+            file=self.part,
+            hint="remove it if none does",
+        )
+
+    def _cannot_replace(self, error: OSError) -> CannotCreate:
+        return CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it")
 
     def _unlink_stale(self, fd: int) -> None:
         try:
             OPS.unlink(self.part)
         except OSError as error:
-            raise CannotCreate(f"cannot replace: {error.strerror}", file=self.part, hint="remove it") from None
+            raise self._cannot_replace(error) from None
         finally:
             OPS.close(fd)
 
@@ -195,9 +225,10 @@ class AtomicFile:
         except OSError as error:
             raise self._failed(error, size or 0) from None
 
+    @uninterrupted
     def publish(self) -> None:
         """Give the synced file its name. Without `overwrite` an existing file is never replaced."""
-        if not self._is_ours(self._fd):  # where locks do nothing, another may have put its own in this place
+        if not self._is_ours(self._fd):  # someone removed it, or one on another machine took it for dead
             raise self._locked()
         try:
             if self._overwrite:
@@ -209,7 +240,10 @@ class AtomicFile:
             raise CannotCreate("appeared while the conversion ran", file=self.path) from None
         except OSError as error:
             raise _cannot_create(self.path, error) from None
+        self.published = True
         self._close()
+        with contextlib.suppress(CannotCreate):  # it means nothing any more
+            self._remove_journal()
         try:
             folder = OPS.open_folder(os.path.dirname(self.path) or ".")
             try:
@@ -222,15 +256,16 @@ class AtomicFile:
             ) from None
 
     def abandon(self) -> None:
-        """Remove OUT.part and close; after `publish` or `abandon` this does nothing."""
+        """Remove OUT.part and its journal and close; after `publish` or `abandon` this does nothing."""
         if self._fd >= 0:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, CannotCreate):
                 if self._is_ours(self._fd):
                     OPS.unlink(self.part)
+                    self._remove_journal()
             self._close()
 
     def leave(self) -> None:
-        """Close and keep OUT.part for a later run to resume."""
+        """Close and keep OUT.part and its journal for a later run to resume."""
         self._close()
 
     def _close(self) -> None:

@@ -118,13 +118,18 @@ def decode_header(head: bytes, file_size: int, file: str) -> Header:
      sha256, reserved, crc) = _HEADER.unpack(head)  # fmt: skip
     found = zlib.crc32(head[:-4])
     if found != crc:
-        swapped = int.from_bytes(head[-4:], "big") == found
+        if int.from_bytes(head[-4:], "big") == found:
+            raise BadHeader("endianness: the header was written big-endian", file=file)
+        if head.isascii():  # of a good header, one in 2**36 is
+            raise BadHeader(
+                "text-mode transfer damage: no byte of the header has its top bit",
+                file=file,
+                hint="fetch the file again in binary mode",
+            )
         raise BadHeader(
-            "endianness: the header was written big-endian"
-            if swapped
-            else f"header checksum is {crc:08x}, its bytes have {found:08x}: the header is damaged",
+            f"header checksum is {crc:08x}, its bytes have {found:08x}: the header is damaged",
             file=file,
-            hint=None if swapped else "fetch the file again",
+            hint="fetch the file again",
         )
     if major == 0:
         raise BadHeader("version 0 does not exist", file=file)

@@ -16,6 +16,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from .errors import BadMetadata, UnsupportedFeature, escape
 from .layout import BLOCK, MINOR, TRELLIS_BIT
+from .strict_json import parse
 
 FRAME = 1 << 20
 MAX_ASSET = 64 << 20
@@ -23,6 +24,7 @@ MAX_ASSETS_TOTAL = 1 << 30
 MAX_NAME_BYTES = 512
 MAX_TENSORS = 200_000
 _MAX_COMMAS = 6_000_000  # 200,000 tensors have 5 million
+_MAX_SEARCHED = 1 << 20  # bytes of a document that is looked through for the reason why it is not canonical
 MAX_LISTED = 10_000  # rules, source files and assets
 SIGNS_LENGTH = BLOCK // 8
 REPORT = "report.json"
@@ -197,6 +199,9 @@ def decode_canonical(document: bytes, kind: type[T], minor: int, file: str) -> T
     """
     if document.count(b",") > _MAX_COMMAS:
         raise BadMetadata("metadata: it has more elements than any real one", file=file)
+    # within a string these quotes would be escaped: this is a key, and only tensors have it
+    if (count := document.count(b'"encoding":')) > MAX_TENSORS:
+        raise BadMetadata(f"metadata: {count} tensors, at most {MAX_TENSORS} are allowed", file=file)
     try:
         value = msgspec.json.decode(document, type=kind)
         again = msgspec.json.encode(value, order="sorted")
@@ -211,6 +216,8 @@ def decode_canonical(document: bytes, kind: type[T], minor: int, file: str) -> T
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise BadMetadata(f"metadata: {escape(str(error))}", file=file) from None
     if again != document:
+        if len(document) <= _MAX_SEARCHED:
+            parse(document, lambda problem: BadMetadata(f"metadata: {problem}", file=file))
         at = _first_difference(again, document)
         raise BadMetadata(
             f"metadata is not canonical from byte {at}: expected {escape(repr(again[at : at + 24]))}, "

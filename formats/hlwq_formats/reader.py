@@ -75,7 +75,6 @@ class Reader:
 
         placed = list(md.all_sections(self.metadata))
         self._sections = [section for _, _, section in placed]
-        self._owners = [(kind, owner) for kind, owner, _ in placed]
         self._index = {(kind, owner, s.kind): i for i, (kind, owner, s) in enumerate(placed)}
         self._offsets, end = place_sections(s.length for s in self._sections)
         if end != HEADER_LEN + self.header.data_len:

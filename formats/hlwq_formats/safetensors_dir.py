@@ -32,7 +32,7 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceTensor:
     """One tensor of a model directory: `length` bytes at `offset` of the shard `file`."""
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from types import TracebackType
 
 from . import metadata as md
 from .atomic import AtomicFile
 from .errors import BadData, Internal, SelfCheckFailed, UnsupportedFeature
-from .layout import HEADER_LEN, align, make_header, place_sections
+from .interrupts import Gate, lift_gates, set_gates, uninterrupted
+from .layout import HEADER_LEN, Header, align, make_header, place_sections
 from .reader import Reader
 from .sections import make_section
 
@@ -51,8 +53,10 @@ class SectionWriter:
 
 
 class Writer:
-    """A container in the making. Leaving the `with` before `finish` has returned removes what was written, or with
-    `keep` set, by an interrupt, leaves it as OUT.part for a later run to resume.
+    """A container in the making, within a `with`. Leaving that before `finish` has returned removes what was written.
+    Leaving it by an interrupt when its journal tells how to go on, because it is `resumed` or `secured` was set, leaves
+    OUT.part and the journal for a later run. In between, handlers of signals run as ever, but not within what must not
+    be interrupted.
 
     Sections must be opened in the order of the file: signs, tensors by name with their kinds in order,
     assets by name. With `resume`, an OUT.part of a dead process is continued: `resumed` tells, and `holds` which of
@@ -62,28 +66,30 @@ class Writer:
     def __init__(
         self, path: str | os.PathLike[str], *, overwrite: bool = False, reserve: int = 0, resume: bool = False
     ) -> None:
-        self._file = AtomicFile(path, overwrite=overwrite, resume=resume)
+        self._file = AtomicFile(path, overwrite=overwrite)
         self._reserve = reserve
-        self.part = self._file.part
+        self._resume = resume
+        self.part, self.journal = self._file.part, self._file.journal
         self.position = HEADER_LEN
-        self.keep = False
-        self._begin()
+        self.secured = False
+        self._gates: dict[int, Gate] = {}
 
     def _begin(self) -> None:
-        try:
-            self._file.reserve(self._reserve)
-            self._file.write(0, bytes(HEADER_LEN))
-        except BaseException:
-            self._file.abandon()
-            raise
+        self._file.reserve(self._reserve)
+        self._file.write(0, bytes(HEADER_LEN))
 
     @property
     def resumed(self) -> bool:
-        """Whether OUT.part was there."""
+        """Whether OUT.part and a journal were there."""
         return self._file.resumed
 
+    @property
+    def published(self) -> bool:
+        """Whether the file has its name."""
+        return self._file.published
+
     def restart(self) -> None:
-        """Throw away what is resumed and begin anew."""
+        """Throw away what is resumed, with its journal, and begin anew."""
         self._file.restart()
         self._begin()
 
@@ -125,33 +131,44 @@ class Writer:
 
         A `verify` of one's own must read every section; it may raise SelfCheckFailed.
         """
+        encoded = self._write_metadata(metadata).encode()
+        try:
+            with Reader(self._file.part, header=encoded) as reader:
+                verify(reader)
+        except (BadData, UnsupportedFeature) as error:
+            raise SelfCheckFailed(f"the written file does not read back: {error}; nothing was published") from error
+        self._file.write(0, encoded)
+        self._file.sync()
+        if self._file.read(0, HEADER_LEN) != encoded:
+            raise SelfCheckFailed("the written header does not read back; nothing was published")
+        self._file.publish()
+
+    def _write_metadata(self, metadata: md.Metadata) -> Header:
         document = md.encode(metadata)
-        lengths = [section.length for _, _, section in md.all_sections(metadata)]
-        if place_sections(lengths)[1] != self.position:
+        if place_sections(section.length for _, _, section in md.all_sections(metadata))[1] != self.position:
             raise Internal("the metadata does not list the sections that were written")
         header = make_header(self.position, document, hashlib.sha256(document).digest(), md.incompat_of(metadata))
         self._file.write(self.position, bytes(header.meta_off - self.position))
         self._file.write(header.meta_off, document)
         self._file.sync(header.file_len)
-        encoded = header.encode()
-        try:
-            with Reader(self._file.part, header=encoded) as reader:
-                verify(reader)
-            self._file.write(0, encoded)
-            self._file.sync()
-            with Reader(self._file.part):  # the header, too, from disk
-                pass
-        except (BadData, UnsupportedFeature) as error:
-            raise SelfCheckFailed(f"the written file does not read back: {error}; nothing was published") from error
-        self._file.publish()
+        return header
 
     def __enter__(self) -> Writer:
-        return self
+        try:
+            set_gates(self._gates)
+            self._file.begin(resume=self._resume)
+            self._begin()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self  # nothing is called between here and the `with`, so no handler runs
 
+    @uninterrupted
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.keep and kind is not None and not issubclass(kind, Exception):
+        if kind is not None and not issubclass(kind, Exception) and (self.secured or self.resumed):
             self._file.leave()
         else:
             self._file.abandon()
+        lift_gates(self._gates)

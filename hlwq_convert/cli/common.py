@@ -70,7 +70,7 @@ def run_command(command: click.Command, program: str) -> NoReturn:
             sys.exit(_report(IoFailure("out of memory for a thread", hint="use fewer --workers"), debug))
         problem = f"internal error: {type(error).__name__}: {escape(str(error))}"
         status = _report(Internal(problem, hint="please report it with the output of --debug"), debug)
-    _handle_signals(signal.SIG_IGN)  # all is done: a signal now must not turn it into a traceback
+    ignore_signals()  # all is done: a signal now must not turn it into a traceback
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -80,8 +80,13 @@ def _handle_signals(handler: Any) -> None:
             signal.signal(getattr(signal, name), handler)
 
 
+def ignore_signals() -> None:
+    """Let no signal interrupt any more."""
+    _handle_signals(signal.SIG_IGN)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    _handle_signals(signal.SIG_IGN)  # a second one must not interrupt the clean-up
+    ignore_signals()  # a second one must not interrupt the clean-up
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise _Terminated(number)

@@ -10,7 +10,7 @@ import rich_click as click
 
 from hlwq_formats.errors import escape
 
-from .common import ProgressLine, common_options, print_json, print_warnings, run_command
+from .common import ProgressLine, common_options, ignore_signals, print_json, print_warnings, run_command
 
 
 @click.command()
@@ -83,10 +83,17 @@ def command(
         _show_plan(job, output, as_json, quiet)
         return
     with ProgressLine(quiet=quiet) as progress:
+
+        def step(stage: str, done: int, total: int) -> None:
+            if stage == "publishing":
+                ignore_signals()  # from here on the output might not be as it was
+            else:
+                progress(stage, done, total)
+
         compiling = compile_kernels(job, progress)
         inspection = run(
             job, output, workers=workers, overwrite=overwrite, resume=not no_resume, nonfinite=nonfinite,
-            allow_inside_source=allow_inside_source, progress=progress,
+            allow_inside_source=allow_inside_source, progress=step,
         )  # fmt: skip
     seconds = time.monotonic() - began - compiling
     print_warnings(inspection.warnings, quiet=quiet)
