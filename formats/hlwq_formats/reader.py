@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from . import metadata as md
 from .errors import BadDigest, BadLayout, BadValues, Usage, escape
-from .files import InputFile
+from .files import ByteSource, InputFile
 from .layout import HEADER_LEN, Header, check_not_incomplete, decode_header, place_sections
 from .sections import unpack_section
 from .validate import validate
@@ -29,12 +29,13 @@ MAX_LEVEL = 65504.0
 class Reader:
     """An open container. Safe to use from several threads; close it or use it in a `with`.
 
+    `source` is the path of a regular file, or whatever else gives bytes by position: it is closed with the reader.
     `header` stands in for the first 128 bytes of a file whose header is not written yet: the writer
     checks its work through this class before it commits.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, header: bytes | None = None) -> None:
-        self._file = InputFile(path)
+    def __init__(self, source: str | os.PathLike[str] | ByteSource, *, header: bytes | None = None) -> None:
+        self._file = InputFile(source) if isinstance(source, str | os.PathLike) else source
         try:
             self._open(header)
         except BaseException:
