@@ -25,8 +25,8 @@ _MOST = 24  # tensors
 
 class Histogram(msgspec.Struct):
     """Coordinates of sampled blocks, each block divided by its root mean square, in SHOWN_BINS bins over
-    -REACH..REACH (what lies farther out is in the last ones). `kurtosis` is 3 for a normal distribution; each pair is
-    (before, after) the rotation."""
+    -REACH..REACH (what lies farther out is in the last ones). `kurtosis`, before and after, is 3
+    for a normal distribution."""
 
     name: str
     coordinates: int

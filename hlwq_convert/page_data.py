@@ -7,8 +7,6 @@ from typing import Any
 
 import msgspec
 
-from hlwq_formats.errors import escape
-
 from .codebook import REACH
 from .histograms import Histogram
 from .inspection import Inspection, TensorInfo
@@ -19,17 +17,21 @@ from .report import number
 _MAP_ROWS, _MAP_COLUMNS = 80, 400
 _SIZES = 14  # modules with a bar of their own
 _LISTED = 200  # rules, files and assets
-_TEXT = 6000  # no name of the format is longer, escaped
 _NARROW = {"sqnr": 1.0, "bits": 0.5}  # dB and bits: smaller differences are not drawn large
 
 
+def shown(text: str) -> str:
+    """A text of the file with what cannot be seen as escapes; unlike in a terminal, backslashes stay as they are."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def page_data(inspection: Inspection, histograms: list[Histogram]) -> dict[str, Any]:
-    """The data of the page. Every text of the file is made printable here (errors.escape)."""
+    """The data of the page. Every text of the file is made printable here."""
     modules = by_module(inspection.tensors)
     return {
-        "title": escape(os.path.basename(inspection.file.rstrip("/")) or inspection.file, _TEXT),
+        "title": shown(os.path.basename(inspection.file.rstrip("/")) or inspection.file),
         "origin": _origin(inspection),
-        "warnings": inspection.warnings,
+        "warnings": [shown(warning) for warning in inspection.warnings],
         "file_bytes": inspection.file_bytes,
         "weights": inspection.weights,
         "bpw": inspection.bpw,
@@ -38,7 +40,7 @@ def page_data(inspection: Inspection, histograms: list[Histogram]) -> dict[str, 
         "maps": _maps(modules),
         "reach": REACH,
         "rotation": _ROTATION if histograms else _NO_ROTATION,
-        "histograms": [msgspec.structs.replace(one, name=escape(one.name, _TEXT)) for one in histograms],
+        "histograms": [msgspec.structs.replace(one, name=shown(one.name)) for one in histograms],
         **_tensors(choose(inspection.tensors, "name")),
         "provenance": _provenance(inspection),
         "lists": _lists(inspection),
@@ -58,7 +60,7 @@ _NO_ROTATION = (
 def _origin(inspection: Inspection) -> str:
     source, tool = inspection.metadata.source, inspection.metadata.tool
     origin = f"{source.repo}@{(source.revision or '')[:12]}" if source.repo else f"{len(source.files)} local files"
-    return escape(f"From {origin}, by {tool.name} {tool.version}; format {inspection.format_version}", _TEXT)
+    return shown(f"From {origin}, by {tool.name} {tool.version}; format {inspection.format_version}")
 
 
 def _sizes(inspection: Inspection, modules: list[Module]) -> list[dict[str, Any]]:
@@ -67,8 +69,8 @@ def _sizes(inspection: Inspection, modules: list[Module]) -> list[dict[str, Any]
     modules = sorted(modules, key=lambda m: -m.bytes)
     rows: list[dict[str, Any]] = [
         {
-            "name": escape(m.name, _TEXT),
-            "label": escape(_label(m) if len(stems) == 1 and -1 not in m.cells else m.name, _TEXT),
+            "name": shown(m.name),
+            "label": shown(_label(m) if len(stems) == 1 and -1 not in m.cells else m.name),
             "bytes": m.bytes,
             "bits": m.bits,
             "part": m.encoding,
@@ -96,42 +98,49 @@ def _label(module: Module) -> str:
 
 
 def _maps(modules: list[Module]) -> dict[str, Any]:
-    """The cells of both heat maps, [bits, SQNR] or null, for modules with a layer and a quantized tensor."""
+    """Both heat maps: modules with a layer and a quantized tensor, as many as can be looked at."""
     layered = [m for m in modules if m.quantized and -1 not in m.cells]
-    outside = [m for m in modules if m.quantized and -1 in m.cells]
     drawn = layered[:_MAP_ROWS]
     layers = sorted({layer for m in drawn for layer in m.cells})
-    hidden = [f"{len(layered) - len(drawn)} modules" if len(layered) > len(drawn) else ""]
-    hidden += [f"layers from {layers[_MAP_COLUMNS]}" if len(layers) > _MAP_COLUMNS else ""]
-    layers = layers[:_MAP_COLUMNS]
-    stems = [_stem(m) for m in drawn]
-    rows: list[dict[str, Any]] = []
-    for module, stem, before in zip(drawn, stems, [None, *stems], strict=False):
-        if len(set(stems)) > 1 and stem != before:
-            rows.append({"label": escape(stem.rstrip("."), _TEXT) or "layers", "cells": None})
-        found = [module.cells.get(layer) for layer in layers]
-        rows.append(
-            {
-                "name": escape(module.name, _TEXT),
-                "label": escape(_label(module), _TEXT),
-                "cells": [cell and [cell.bits, cell.sqnr_db] for cell in found],
-            }
-        )
     cells = [cell for m in drawn for cell in m.cells.values()]
-    notes = ["" if not any(m.tensors > len(m.cells) for m in drawn) else "A cell of several tensors shows the worst."]
-    if any(hidden):
-        notes.append(f"Not drawn: {', '.join(part for part in hidden if part)}; the table below has them.")
-    rest = [f"{m.name} {number(m.bits, '.2f')} bits, {number(min(m.sqnrs, default=None), '.2f')} dB" for m in outside]
-    more = f"; and {len(rest) - 8} more" if len(rest) > 8 else ""
+    notes = ["Modules down, layers across. Stronger is worse for SQNR, and more for bits; grey is raw or not measured."]
+    if any(m.tensors > len(m.cells) for m in drawn):
+        notes.append("A cell of several tensors shows the worst.")
+    if len(layered) > len(drawn):
+        notes.append(f"{len(layered) - len(drawn)} more modules are in the table below.")
+    if len(layers) > _MAP_COLUMNS:
+        notes.append(f"Layers from {layers[_MAP_COLUMNS]} on are in the table below.")
     return {
-        "layers": layers,
-        "rows": rows,
+        "layers": layers[:_MAP_COLUMNS],
+        "rows": _map_rows(drawn, layers[:_MAP_COLUMNS]),
         "sqnr": _limits([cell.sqnr_db for cell in cells], "sqnr"),
         "bits": _limits([cell.bits for cell in cells], "bits"),
-        "note": " ".join(filter(None, ["Modules down, layers across. Stronger is worse for SQNR, and more for bits; "
-                                       "grey is raw.", *notes])),
-        "rest": escape(f"Outside the layers: {'; '.join(rest[:8])}{more}.", _TEXT) if rest else "",
-    }  # fmt: skip
+        "note": " ".join(notes),
+        "rest": shown(_outside([m for m in modules if m.quantized and -1 in m.cells])),
+    }
+
+
+def _map_rows(modules: list[Module], layers: list[int]) -> list[dict[str, Any]]:
+    """A row of cells, [bits, SQNR] or null, for each module; where there are several stacks of layers, a heading before
+    each, which has no cells."""
+    rows: list[dict[str, Any]] = []
+    stems = [_stem(m) for m in modules]
+    for module, stem, before in zip(modules, stems, [None, *stems], strict=False):
+        if len(set(stems)) > 1 and stem != before:
+            rows.append({"label": shown(stem.rstrip(".")) or "layers", "cells": None})
+        found = [module.cells.get(layer) for layer in layers]
+        cells = [cell and [cell.bits, cell.sqnr_db] for cell in found]
+        rows.append({"name": shown(module.name), "label": shown(_label(module)), "cells": cells})
+    return rows
+
+
+def _outside(modules: list[Module]) -> str:
+    """A sentence on quantized tensors that belong to no layer."""
+    if not modules:
+        return ""
+    parts = [f"{m.name} {number(m.bits, '.2f')} bits, {number(min(m.sqnrs, default=None), '.2f')} dB" for m in modules]
+    more = f"; and {len(parts) - 8} more" if len(parts) > 8 else ""
+    return f"Outside the layers: {'; '.join(parts[:8])}{more}."
 
 
 def _limits(values: list[float | None], kind: str) -> tuple[float, float] | None:
@@ -147,7 +156,7 @@ def _tensors(tensors: list[TensorInfo]) -> dict[str, Any]:
     """Columns, in natural order of names; texts that repeat are numbers of a list."""
     texts: dict[str, list[str]] = {}
     columns: dict[str, list[Any]] = {
-        "name": [escape(t.name, _TEXT) for t in tensors],
+        "name": [shown(t.name) for t in tensors],
         "bits": [_rounded(t.bpw, 4) for t in tensors],
         "bytes": [t.bytes for t in tensors],
         "cosine": [_rounded(t.cosine, 7) for t in tensors],
@@ -157,7 +166,7 @@ def _tensors(tensors: list[TensorInfo]) -> dict[str, Any]:
         "shape": ["x".join(map(str, t.shape)) or "0-d" for t in tensors],
         "dtype": [t.dtype for t in tensors],
         "encoding": [t.encoding if t.encoding != "scalar" else f"scalar {t.bits}" for t in tensors],
-        "reason": [escape(t.reason, _TEXT) for t in tensors],
+        "reason": [shown(t.reason) for t in tensors],
     }
     for column, values in repeated.items():
         places = {text: i for i, text in enumerate(dict.fromkeys(values))}
@@ -177,7 +186,7 @@ def _provenance(inspection: Inspection) -> list[tuple[str, str]]:
         ("File id", inspection.file_id or "–"),
         ("Content id", inspection.content_id or "–"),
     ]
-    return [(term, escape(text, _TEXT)) for term, text in rows]
+    return [(term, shown(text)) for term, text in rows]
 
 
 def _lists(inspection: Inspection) -> list[dict[str, Any]]:
@@ -190,7 +199,7 @@ def _lists(inspection: Inspection) -> list[dict[str, Any]]:
     return [
         {
             "title": title,
-            "rows": [(escape(name, _TEXT), value) for name, value in rows[:_LISTED]],
+            "rows": [(shown(name), value) for name, value in rows[:_LISTED]],
             "hidden": max(0, len(rows) - _LISTED),
         }
         for title, rows in lists

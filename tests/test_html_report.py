@@ -23,9 +23,8 @@ from hlwq_convert.histograms import SHOWN_BINS, worst_histograms
 from hlwq_convert.html_report import make_page
 from hlwq_convert.inspection import TensorInfo, inspect
 from hlwq_convert.normal_levels import normal_levels
-from hlwq_convert.page_data import page_data
+from hlwq_convert.page_data import page_data, shown
 from hlwq_convert.source import open_source
-from hlwq_formats.errors import escape
 from hlwq_formats.reader import Reader
 
 
@@ -56,9 +55,14 @@ def test_texts_of_the_file_make_no_markup() -> None:
     evil = Outline(make_page(inspection([quantized(EVIL, reason=EVIL)], EVIL), []))
     assert evil.tags == plain.tags
     data = json.loads(evil.texts["script"][0])
-    assert data["tensors"]["name"] == [escape(EVIL, 6000)]
-    assert data["texts"]["reason"] == [escape(EVIL, 6000)]
+    assert data["tensors"]["name"] == [shown(EVIL)]
+    assert data["texts"]["reason"] == [shown(EVIL)]
     assert "\u202e" not in str(data)
+
+
+def test_what_cannot_be_seen_is_shown_as_escapes_and_expressions_stay_readable() -> None:
+    assert shown("a\u202eb\x1b\u2028\U000e0001") == r"a\u202eb\x1b\u2028\U000e0001"
+    assert shown(r"\bup_proj(\.weight)?$ é 語") == r"\bup_proj(\.weight)?$ é 語"
 
 
 def test_the_policy_allows_its_own_style_and_script_alone() -> None:
@@ -137,9 +141,9 @@ def test_maps_of_hostile_files_are_bounded() -> None:
     tensors = [quantized(f"l.{i}.m{i}") for i in range(500)]
     maps = page_data(inspection(tensors), [])["maps"]
     assert len(maps["rows"]) == 80 and len(maps["layers"]) == 80
-    assert "Not drawn: 420 modules" in maps["note"]
+    assert "420 more modules are in the table below." in maps["note"]
     maps = page_data(inspection([quantized(f"l.{i}.w") for i in range(500)]), [])["maps"]
-    assert len(maps["layers"]) == 400 and "layers from 400" in maps["note"]
+    assert len(maps["layers"]) == 400 and "Layers from 400 on" in maps["note"]
 
 
 def test_a_page_of_60_000_tensors_is_of_moderate_size() -> None:

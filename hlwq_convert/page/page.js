@@ -47,7 +47,7 @@ function drawHeader() {
   definition(at("figures"), "Weights", million(data.weights));
   definition(at("figures"), "Mean SQNR", s.sqnr_db_mean === null ? "–" : `${s.sqnr_db_mean.toFixed(2)} dB`);
   definition(at("figures"), "Lowest cosine", fixed(s.cosine_min, 5));
-  definition(at("figures"), "Quantized, raw, alias", `${s.quantized}, ${s.raw}, ${s.aliased}`);
+  definition(at("figures"), "Quantized / raw", `${count(s.quantized)} / ${count(s.raw)}`);
 }
 
 function drawProvenance() {
@@ -137,12 +137,12 @@ function drawMap(kind, digits, unit) {
   canvas.setAttribute("aria-label", `${unit} by module and layer; the table below has every number`);
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio);
-  const value = (cell) => (cell === null ? null : cell[kind === "bits" ? 0 : 1]);
+  const value = (cell) => cell[kind === "bits" ? 0 : 1], none = colour("none");
   map.rows.forEach((row, y) => {
     (row.cells || []).forEach((cell, x) => {
       if (cell === null) return;
-      const found = value(cell), span = limits ? limits[1] - limits[0] : 1;
-      pen.fillStyle = found === null ? colour("none") : mix(stops, span ? (found - limits[0]) / span : 0.5);
+      const found = value(cell);
+      pen.fillStyle = found === null ? none : mix(stops, (found - limits[0]) / (limits[1] - limits[0]));
       pen.fillRect(x * width, y * ROW, width - 1, ROW - 1);
     });
   });
@@ -240,7 +240,6 @@ function drawHistogram() {
     draw(svg, "line", { x1: left, x2: width - 4, y1: y(value), y2: y(value), stroke: "var(--line)" });
     draw(svg, "text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(1));
   }
-  draw(svg, "text", { x: left + 6, y: 16 }, "density");
   for (let value = -4; value <= 4; value += width < 500 ? 2 : 1) {
     draw(svg, "text", { x: x(value), y: height - 6, "text-anchor": "middle" }, String(value).replace("-", "−"));
   }
@@ -268,7 +267,7 @@ function drawHistogram() {
   const [before, after] = one.kurtosis.map((value) => value.toFixed(2));
   const cut = highest > top ? " Bins that are higher than the picture are cut." : "";
   at("histogram-note").textContent =
-    `Kurtosis ${before} before, ${after} after; 3 is normal. ${count(one.coordinates)} coordinates of sampled blocks, each block divided by its root mean square.${cut}`;
+    `Kurtosis ${before} before, ${after} after; 3 is normal. Density of ${count(one.coordinates)} coordinates of sampled blocks, each block divided by its root mean square.${cut}`;
 }
 
 function listHistograms() {
@@ -288,7 +287,7 @@ const COLUMNS = [
   ["bytes", "bytes", 0, "number wide", true],
   ["cosine", "cosine", 5, "number wide", false],
   ["SQNR dB", "sqnr", 2, "number", false],
-  ["reason", "reason", null, "extra", false],
+  ["reason", "reason", null, "extra reason", false],
 ];
 const PAGE = 50;
 const names = data.tensors.name.map((name) => name.toLowerCase());
@@ -329,6 +328,7 @@ function addRows(from) {
   for (const i of order.slice(from, shown)) {
     const row = make("tr", body);
     for (const column of COLUMNS) make("td", row, cellText(column, i), column[3]);
+    row.lastChild.title = row.lastChild.textContent; // the reason may be cut
   }
   at("more").hidden = shown >= order.length;
   const of = order.length === names.length ? "" : `, of ${count(names.length)}`;
