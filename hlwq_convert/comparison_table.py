@@ -15,7 +15,7 @@ from hlwq_formats.errors import escape
 from .comparison import Comparison, Status, TensorPair
 from .inspection import Inspection, TensorInfo
 from .listing import SortKey, compile_filter
-from .report import human_bytes, natural_order, number
+from .report import default_width, human_bytes, natural_order, number
 
 _VALUES: dict[str, Callable[[TensorInfo], float | None]] = {
     "bits": lambda t: t.bpw,
@@ -79,9 +79,8 @@ def _totals_table(a: Inspection, b: Inspection) -> Table:
 
 def _recipe(side: Inspection) -> str:
     recipe = side.metadata.recipe
-    width = "raw" if recipe.bits is None else f"{recipe.bits} bits"
     name = f"{escape(recipe.name, 60)}, " if recipe.name else ""
-    return f"{name}{width}, effort {escape(recipe.effort, 40)}, {len(recipe.rules)} rules"
+    return f"{name}{default_width(recipe)}, effort {escape(recipe.effort, 40)}, {len(recipe.rules)} rules"
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -118,7 +117,7 @@ def _pair_table(pairs: list[TensorPair]) -> Table:
         table.add_row(
             Text(escape(pair.name, 600)),
             _both(pair, lambda t: t.encoding),
-            _both(pair, lambda t: number(t.bits, "d")),
+            _both(pair, lambda t: number(t.bpw, ".2f") if t.bits is None else str(t.bits)),
             _both(pair, lambda t: f"{t.bytes:,}"),
             _both(pair, lambda t: number(t.cosine, ".5f")),
             _both(pair, lambda t: number(t.sqnr_db, ".2f")),

@@ -15,7 +15,7 @@ from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 from .codebook import BINS, GROUP, REACH, count, histogram, normalise, sample_groups
 from .inspection import Inspection
 from .modules import by_module
-from .quantize import power_of_two
+from .quantize import choose_exponent, power_of_two
 from .rotate import to_blocks
 from .source import Source
 
@@ -25,8 +25,8 @@ _MOST = 24  # tensors
 
 class Histogram(msgspec.Struct):
     """Coordinates of sampled blocks, each block divided by its root mean square, in SHOWN_BINS bins over
-    -REACH..REACH (what lies farther out is in the last ones). `kurtosis`, before and after, is 3
-    for a normal distribution."""
+    -REACH..REACH (what lies farther out is in the last ones). `kurtosis`, before and after the rotation, is 3 for a
+    normal distribution. `levels` are those of a codebook, empty for an encoding without one."""
 
     name: str
     coordinates: int
@@ -47,9 +47,8 @@ def worst_histograms(reader: Reader, source: Source, inspection: Inspection) -> 
 
 def _measure(reader: Reader, model: ModelDir, name: str) -> Histogram:
     entry, tensor = reader.stored_tensor(name), model.tensors[name]
-    assert not isinstance(entry, md.RawTensor)  # raw tensors have no SQNR
-    weights = widen(_sample(model, tensor), tensor.dtype) * power_of_two(-entry.exponent)
-    blocks = to_blocks(weights)
+    weights = widen(_sample(model, tensor), tensor.dtype)
+    blocks = to_blocks(weights * power_of_two(-choose_exponent(float(np.abs(weights).max()))))
     before, _ = count(normalise(blocks))
     after, n_blocks = histogram(blocks * reader.signs())
     return Histogram(
@@ -58,7 +57,7 @@ def _measure(reader: Reader, model: ModelDir, name: str) -> Histogram:
         before=_coarse(before),
         after=_coarse(after),
         kurtosis=(_kurtosis(before), _kurtosis(after)),
-        levels=reader.levels(entry).tolist(),
+        levels=reader.levels(entry).tolist() if isinstance(entry, md.ScalarTensor) else [],
     )
 
 

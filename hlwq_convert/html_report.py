@@ -19,17 +19,19 @@ from .histograms import Histogram
 from .inspection import Inspection
 from .page_data import page_data
 
+_SCRIPTS = ("page.js", "maps.js", "histogram.js", "table.js", "start.js")
+"""One script in parts, in this order."""
+
 
 def make_page(inspection: Inspection, histograms: list[Histogram]) -> bytes:
     """The page, in UTF-8; the same bytes for the same arguments."""
-    parts = {name: _read(f"page.{name}") for name in ("html", "css", "js")}
+    style, script = _read("page.css"), "\n".join(map(_read, _SCRIPTS))
     policy = (
-        f"default-src 'none'; style-src '{_csp_hash(parts['css'])}'; script-src '{_csp_hash(parts['js'])}'; "
+        f"default-src 'none'; style-src '{_csp_hash(style)}'; script-src '{_csp_hash(script)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    filled = {"policy": policy, "style": parts["css"], "script": parts["js"], "data": _as_json(inspection, histograms)}
-    page = parts["html"]
-    before, *rest = page.split("{{")  # one pass: what is filled in is not looked at again
+    filled = {"policy": policy, "style": style, "script": script, "data": _as_json(inspection, histograms)}
+    before, *rest = _read("page.html").split("{{")  # one pass: what is filled in is not looked at again
     for piece in rest:
         name, after = piece.split("}}", 1)
         before += filled[name] + after

@@ -15,7 +15,6 @@ from hlwq_formats.layout import HEADER_LEN, MAJOR, numel
 from hlwq_formats.reader import Reader
 
 from .metrics import sqnr_db
-from .remote import open_reader
 
 _ENTRY_LIMIT = 4096  # bytes of the report for each tensor: a name and two numbers take less
 
@@ -104,6 +103,8 @@ def printable(path: str) -> str:
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Read header, metadata and report of a file: a path, or a URL or ORG/REPO/FILE.hlwq (see remote.find)."""
+    from .remote import open_reader  # and with it the standard library's HTTP client
+
     with open_reader(path) as reader:
         return inspect_reader(reader)
 

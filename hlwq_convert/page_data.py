@@ -12,7 +12,7 @@ from .histograms import Histogram
 from .inspection import Inspection, TensorInfo
 from .listing import choose
 from .modules import Module, by_module
-from .report import number
+from .report import default_width, number
 
 _MAP_ROWS, _MAP_COLUMNS = 80, 400
 _SIZES = 14  # modules with a bar of their own
@@ -165,7 +165,7 @@ def _tensors(tensors: list[TensorInfo]) -> dict[str, Any]:
     repeated = {
         "shape": ["x".join(map(str, t.shape)) or "0-d" for t in tensors],
         "dtype": [t.dtype for t in tensors],
-        "encoding": [t.encoding if t.encoding != "scalar" else f"scalar {t.bits}" for t in tensors],
+        "encoding": [t.encoding if t.bits is None else f"{t.encoding} {t.bits}" for t in tensors],
         "reason": [shown(t.reason) for t in tensors],
     }
     for column, values in repeated.items():
@@ -177,10 +177,9 @@ def _tensors(tensors: list[TensorInfo]) -> dict[str, Any]:
 
 def _provenance(inspection: Inspection) -> list[tuple[str, str]]:
     source, recipe, tool = inspection.metadata.source, inspection.metadata.recipe, inspection.metadata.tool
-    width = "raw" if recipe.bits is None else f"{recipe.bits} bits"
     rows = [
         ("Source", f"{source.repo}, revision {source.revision}" if source.repo else "local files"),
-        ("Recipe", f"{recipe.name or 'none by name'}; default {width}, effort {recipe.effort}"),
+        ("Recipe", f"{recipe.name or 'none by name'}; default {default_width(recipe)}, effort {recipe.effort}"),
         ("Tool", f"{tool.name} {tool.version}, zstd {tool.zstd}"),
         ("Format", inspection.format_version),
         ("File id", inspection.file_id or "–"),

@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hlwq_formats import metadata as md
 from hlwq_formats.errors import escape
 
 from .inspection import Inspection, TensorInfo
@@ -53,6 +54,11 @@ def tensor_table(tensors: list[TensorInfo]) -> Table:
     return table
 
 
+def default_width(recipe: md.Recipe) -> str:
+    """What a tensor gets that no rule names."""
+    return "raw" if recipe.bits is None else f"{recipe.bits} bits"
+
+
 def totals(inspection: Inspection) -> str:
     """The last lines of an inspection."""
     s = inspection.summary
@@ -60,7 +66,7 @@ def totals(inspection: Inspection) -> str:
     source = inspection.metadata.source
     origin = f"{source.repo}@{source.revision}" if source.repo else f"{len(source.files)} local files"
     recipe = inspection.metadata.recipe
-    width = "raw" if recipe.bits is None else f"{recipe.bits} bits"
+    width = default_width(recipe)
     lines = [
         f"{s.quantized} quantized, {s.raw} raw, {s.aliased} aliased; {inspection.weights:,} weights in "
         f"{human_bytes(inspection.file_bytes)}, {number(inspection.bpw, '.3f')} bits a weight",

@@ -222,7 +222,8 @@ def test_a_page_is_replaced_only_when_asked(converted: Path, tmp_path: Path, run
     result = run_tool("inspect", converted, "--html", page)
     assert (result.returncode, result.stdout, page.read_text()) == (73, "", "dear")
     assert "pass --overwrite" in result.stderr
-    assert run_tool("inspect", converted, "--html", page, "--overwrite").returncode == 0
+    result = run_tool("inspect", converted, "--html", page, "--overwrite")
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, f"wrote {page}")
     assert page.read_bytes().startswith(b"<!doctype html>")
 
 

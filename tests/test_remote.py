@@ -16,6 +16,7 @@ from hlwq_convert.inspection import inspect
 from hlwq_convert.remote import HttpFile, Place, find
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadDigest, HlwqError, IoFailure, MissingInput, NotHlwq, SourceChanged, Usage, WrongSize
+from hlwq_formats.reader import Reader
 from hlwq_formats.writer import Writer
 
 
@@ -127,6 +128,33 @@ def test_a_file_cut_by_its_server(web: Web, converted: Path) -> None:
         inspect(f"{web.url}/m.hlwq")
 
 
+def test_a_remote_file_is_compared_with_a_local_one(web: Web, run_tool: Run, converted: Path) -> None:
+    result = run_tool("inspect", f"{web.url}/m.hlwq", converted)
+    assert "the tensors of both files are the same" in result.stdout
+    assert len(web.requests) == 2
+
+
+def test_a_reader_closes_what_it_reads_from(converted: Path) -> None:
+    class Bytes:
+        name, closed, data = "memory", 0, converted.read_bytes()
+        size = len(data)
+
+        def read(self, offset: int, length: int) -> bytes:
+            return self.data[offset : offset + length]
+
+        def close(self) -> None:
+            self.closed += 1
+
+    source = Bytes()
+    with Reader(source) as reader:
+        reader.verify()
+    assert source.closed == 1
+    source.data = b"x" * source.size
+    with pytest.raises(NotHlwq, match="memory: "):
+        Reader(source)
+    assert source.closed == 2
+
+
 # --- where it is ------------------------------------------------------------------------------------
 
 
@@ -191,7 +219,7 @@ def test_a_redirect_is_followed_once_and_the_token_stays(web: Web, converted: Pa
     with serve() as other:  # another port is another origin
         other.files["/cdn"] = converted.read_bytes()
         web.twist = redirect_to(f"{other.url}/cdn?signature=s")  # type: ignore[assignment]
-        with remote.Reader(HttpFile(Place(f"{web.url}/go", "hf_secret"))) as reader:
+        with Reader(HttpFile(Place(f"{web.url}/go", "hf_secret"))) as reader:
             assert len(reader.tensors) == 20
         assert len(web.requests) == 1
         assert web.requests[0][1]["Authorization"] == "Bearer hf_secret"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -39,7 +40,12 @@ if TYPE_CHECKING:
 @click.option("--chart", is_flag=True, help="Show bars instead of the table.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print the tensors as CSV.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--html", metavar="PAGE", type=click.Path(), help="Write a page with charts; more with --against.")
+@click.option(
+    "--html",
+    metavar="PAGE",
+    type=click.Path(),
+    help="Write a page with charts instead of the table; more with --against.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing PAGE.")
 @common_options
 def command(file: str, other: str | None, debug: bool, **options: Any) -> int:
@@ -121,13 +127,7 @@ def _inspect(file: str, asked: _Options) -> int:
             origin = escape(str(asked.against))
             print(f"all {len(inspection.tensors)} tensors come from {origin}, and their errors are as reported")
     if damaged:
-        names = "; ".join(str(damage)[:120] for damage in damaged[:2]) + (" ..." if len(damaged) > 2 else "")
-        parts = "part is" if len(damaged) == 1 else "parts are"
-        raise BadDigest(
-            f"{len(damaged)} {parts} damaged ({names}); {good} of {len(inspection.tensors)} tensors are good",
-            file=file,
-            hint="fetch the file again",
-        )
+        raise _damage(file, damaged, f"{good} of {len(inspection.tensors)} tensors are good")
     if problems:
         others = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         model = escape(str(asked.against), 120)
@@ -136,7 +136,15 @@ def _inspect(file: str, asked: _Options) -> int:
         from ..html_report import write_page
 
         write_page(asked.html, page, overwrite=asked.overwrite)
+        if not (asked.as_json or asked.as_csv or asked.quiet):
+            print(f"wrote {escape(asked.html)}")
     return 0 if asked.fail_under is None else _gate(inspection, asked.fail_under)
+
+
+def _damage(file: str, damaged: Sequence[object], rest: str) -> BadDigest:
+    names = "; ".join(str(damage)[:120] for damage in damaged[:2]) + (" ..." if len(damaged) > 2 else "")
+    parts = "part is" if len(damaged) == 1 else "parts are"
+    return BadDigest(f"{len(damaged)} {parts} damaged ({names}); {rest}", file=file, hint="fetch the file again")
 
 
 def _check_page(html: str, file: str, overwrite: bool) -> None:
@@ -166,6 +174,10 @@ def _print(inspection: Inspection, tensors: list[TensorInfo], more: dict[str, ob
 
         show(charts(inspection))
         print(f"\n{totals(inspection)}")
+    elif asked.html is not None:
+        from ..report import totals
+
+        print(totals(inspection))
     else:
         from ..report import print_inspection
 
