@@ -49,12 +49,11 @@ class Comparison(msgspec.Struct, frozen=True):
 def compare_files(a: Reader, b: Reader, in_a: Inspection, in_b: Inspection) -> Comparison:
     """Compare two open files, given their inspections."""
     ours, theirs = {t.name: t for t in in_a.tensors}, {t.name: t for t in in_b.tensors}
-    same_signs = _digests(a.metadata.signs) == _digests(b.metadata.signs)
     pairs = []
     for name in sorted(ours.keys() | theirs.keys(), key=str.encode):
         status, same_source = _presence(name, ours, theirs), None
         if status == "different":
-            if same_signs and _content(a, name) == _content(b, name):
+            if _content(a, name) == _content(b, name):
                 status = "equal"
             same_source = _source_sha256(a, name) == _source_sha256(b, name)
         pairs.append(TensorPair(name, status, same_source, ours.get(name), theirs.get(name)))
@@ -79,11 +78,12 @@ def _digests(*sections: md.Section | None) -> list[tuple[str, int, str]]:
 
 
 def _content(reader: Reader, name: str) -> dict[str, object]:
-    """All that decides what a tensor decodes to: every field but the reason, and raw digests for its sections."""
+    """All that decides what a tensor decodes to: its fields, and raw digests for its sections and for the signs."""
     stored = reader.stored_tensor(name)
-    kinds = type(reader.tensors[name]), type(stored)  # an alias stays one, whatever it is called that it equals
-    fields = {key: value for key, value in msgspec.structs.asdict(stored).items() if key not in ("name", "reason")}
-    return fields | {"kinds": kinds, "sections": _digests(*stored.sections)}
+    fields = msgspec.structs.asdict(stored) | {"sections": _digests(*stored.sections)}
+    fields["kinds"] = type(reader.tensors[name]), type(stored)  # an alias is one, whatever the name of what it equals
+    fields["signs"] = [] if isinstance(stored, md.RawTensor) else _digests(reader.metadata.signs)
+    return {key: value for key, value in fields.items() if key not in ("name", "reason", "source_sha256")}
 
 
 def _source_sha256(reader: Reader, name: str) -> str:

@@ -39,19 +39,19 @@ class Place:
 def find(where: str) -> Place | None:
     """The place that `where` stands for, None for a path of this machine.
 
-    A URL, or ORG/REPO/FILE.hlwq on the Hub where no such folder is here. Endpoint and token are those of
+    A URL, or ORG/REPO[@REVISION]/FILE.hlwq on the Hub where no such folder is here. Endpoint and token are those of
     huggingface_hub; where that is not installed, HF_ENDPOINT and none. Raises Usage (2) for a URL that cannot be used.
     """
     if where.startswith(("http://", "https://")):
-        endpoint, token = _hub_settings()
-        on_hub = _origin(where) == _origin(endpoint)
-        return Place(where, token if on_hub else None, on_hub)
-    part = r"[A-Za-z0-9_][^/]*"
-    match = re.fullmatch(rf"({part}/{part})/((?:{part}/)*{part}\.hlwq)", where)
+        on_hub = _origin(where) == _origin(_hub_endpoint())
+        return Place(where, _hub_token() if on_hub else None, on_hub)
+    part = r"[A-Za-z0-9_][^/@]*"
+    match = re.fullmatch(rf"({part}/{part})(?:@([^/@]+))?/((?:{part}/)*{part}\.hlwq)", where)
     if match is None or os.path.isdir(os.path.dirname(where)):
         return None
-    endpoint, token = _hub_settings()
-    return Place(f"{endpoint}/{quote(match[1])}/resolve/main/{quote(match[2])}", token, True)
+    repo, revision, file = match[1], match[2] or "main", match[3]
+    url = f"{_hub_endpoint()}/{quote(repo)}/resolve/{quote(revision, safe='')}/{quote(file)}"
+    return Place(url, _hub_token(), True)
 
 
 def open_reader(where: str | os.PathLike[str]) -> Reader:
@@ -60,12 +60,20 @@ def open_reader(where: str | os.PathLike[str]) -> Reader:
     return Reader(where if place is None else HttpFile(place))
 
 
-def _hub_settings() -> tuple[str, str | None]:
+def _hub_endpoint() -> str:
     try:
-        from huggingface_hub import constants, get_token
+        from huggingface_hub import constants
     except ImportError:
-        return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), None
-    return constants.ENDPOINT, get_token()
+        return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return constants.ENDPOINT
+
+
+def _hub_token() -> str | None:
+    try:
+        from huggingface_hub import get_token
+    except ImportError:
+        return None
+    return get_token()
 
 
 def _origin(url: str) -> tuple[str, str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import Run
 from models import normal, small_tensors, write_model
@@ -13,7 +14,9 @@ from hlwq_convert import convert
 from hlwq_convert.comparison import Comparison, compare_files
 from hlwq_convert.comparison_table import choose_pairs
 from hlwq_convert.inspection import inspect, inspect_reader
+from hlwq_formats import metadata as md
 from hlwq_formats.reader import Reader
+from hlwq_formats.writer import Writer
 
 
 def compare(a: Path, b: Path) -> Comparison:
@@ -94,6 +97,33 @@ def test_an_alias_is_not_what_it_equals(tmp_path: Path) -> None:
     # tied to each other in both, by another name: nothing that decides a value differs
     convert(write_model(tmp_path / "c", {"one": same, "two": same, "zero": new}), tmp_path / "c.hlwq")
     assert statuses(compare(tmp_path / "a.hlwq", tmp_path / "c.hlwq"))["two"] == "equal"
+
+
+def rewrite(source: Path, target: Path, **changes: object) -> Path:
+    """A copy of a file with other metadata; a section that the change leaves out is left out."""
+    with Reader(source) as reader, Writer(target) as writer:
+        metadata = msgspec.structs.replace(reader.metadata, **changes)
+        for owner, name, section in md.all_sections(metadata):
+            stored = b"".join(reader.iter_section(owner, name, section.kind))
+            writer.open_section(section.kind, len(stored)).write(stored)
+        writer.finish(metadata)
+    return target
+
+
+def test_other_signs_change_what_is_quantized_alone(converted: Path, tmp_path: Path) -> None:
+    comparison = compare(converted, rewrite(converted, tmp_path / "b.hlwq", signs=None))
+    expected = {t.name: "equal" if t.encoding == "raw" else "different" for t in inspect(converted).tensors}
+    assert statuses(comparison) == expected
+    assert set(expected.values()) == {"equal", "different"}
+
+
+def test_reason_and_source_do_not_decide_what_is_decoded(converted: Path, tmp_path: Path) -> None:
+    with Reader(converted) as reader:
+        tensors = [msgspec.structs.replace(t, reason="other") for t in reader.metadata.tensors]
+    tensors[0] = msgspec.structs.replace(tensors[0], source_sha256="0" * 64)
+    comparison = compare(converted, rewrite(converted, tmp_path / "b.hlwq", tensors=tensors))
+    assert set(statuses(comparison).values()) == {"equal"}
+    assert [pair.same_source for pair in comparison.tensors] == [False] + [True] * 19
 
 
 def test_pairs_are_ordered_by_the_size_of_their_change(converted: Path, model: Path, tmp_path: Path) -> None:

@@ -159,10 +159,12 @@ def test_a_reader_closes_what_it_reads_from(converted: Path) -> None:
 
 
 def test_hub_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(remote, "_hub_settings", lambda: ("https://hub.test", "hf_x"))
+    monkeypatch.setattr(remote, "_hub_endpoint", lambda: "https://hub.test")
+    monkeypatch.setattr(remote, "_hub_token", lambda: "hf_x")
     monkeypatch.chdir(tmp_path)
     assert find("org/repo/a b.hlwq") == Place("https://hub.test/org/repo/resolve/main/a%20b.hlwq", "hf_x", True)
     assert find("org/repo/in/x.hlwq") == Place("https://hub.test/org/repo/resolve/main/in/x.hlwq", "hf_x", True)
+    assert find("org/repo@v1.0/x.hlwq") == Place("https://hub.test/org/repo/resolve/v1.0/x.hlwq", "hf_x", True)
     for local in ("x.hlwq", "org/x.hlwq", "/org/repo/x.hlwq", "./org/repo/x.hlwq", "org/repo/x.gguf", "a/../b/x.hlwq"):
         assert find(local) is None, local
     (tmp_path / "org" / "repo").mkdir(parents=True)
@@ -170,7 +172,8 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_token_goes_to_the_hub_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_hub_settings", lambda: ("https://hub.test", "hf_x"))
+    monkeypatch.setattr(remote, "_hub_endpoint", lambda: "https://hub.test")
+    monkeypatch.setattr(remote, "_hub_token", lambda: "hf_x")
     assert find("https://hub.test/a/b/resolve/main/x.hlwq") == Place(
         "https://hub.test/a/b/resolve/main/x.hlwq", "hf_x", True
     )
