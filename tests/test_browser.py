@@ -231,3 +231,12 @@ def test_a_file_of_nothing(browser: Browser, tmp_path: Path) -> None:
         assert visit.page.locator("#count").text_content() == "0 of 0"
         assert visit.page.locator("#maps figure").first.is_hidden()
         assert "--against MODEL_DIR" in (visit.page.locator("#rotation-note").text_content() or "")
+
+
+def test_a_file_without_a_report(browser: Browser, tmp_path: Path) -> None:
+    tensors = [quantized(f"l.{i}.w", None) for i in range(4)]
+    with Visit(browser, written(tmp_path, inspection(tensors))) as visit:
+        assert visit.page.locator("#figures dd").all_text_contents()[3:5] == ["–", "–"]
+        assert visit.column("SQNR dB") == ["–"] * 4
+        visit.page.locator("#sqnr-map canvas").hover(position={"x": 5, "y": 5})
+        assert visit.page.locator("#tip").text_content() == "layer 0, w: – dB, 5.128 bits a weight"

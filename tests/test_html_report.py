@@ -131,6 +131,15 @@ def test_maps_have_modules_down_and_layers_across() -> None:
     assert maps["rest"] == "Outside the layers: head 5.13 bits, 27.00 dB."
 
 
+def test_tensors_of_variable_rate_stand_beside_the_others() -> None:
+    trellis = TensorInfo("l.0.w", [576, 576], "BF16", "trellis", None, 4.5, 186624, "default", 0.999, 27.0, 0.002)
+    data = page_data(inspection([trellis, quantized("l.1.w")]), [])
+    assert data["maps"]["rows"][0]["cells"] == [[4.5, 27.0], [quantized("x").bpw, 27.0]]
+    assert data["tensors"]["bits"] == [4.5, round(quantized("x").bpw or 0, 4)]
+    assert data["texts"]["encoding"] == ["trellis", "scalar 5"]
+    assert data["sizes"][0]["part"] == "scalar"  # the larger of the two
+
+
 def test_maps_of_several_stacks_have_headings() -> None:
     names = ["enc.layers.0.w", "dec.layers.0.w", "dec.layers.1.v"]
     rows = page_data(inspection([quantized(name) for name in names]), [])["maps"]["rows"]
