@@ -52,7 +52,11 @@ def fit_lloyd_max(blocks: NDArray[np.float32], bits: int) -> NDArray[np.float32]
 def histogram(blocks: NDArray[np.float32]) -> tuple[NDArray[np.int64], int]:
     """Count the rotated, normalised coordinates of blocks in BINS equal bins over -REACH..REACH; and the blocks
     that are not zero."""
-    coordinates = normalise(fwht(blocks))
+    return count(normalise(fwht(blocks)))
+
+
+def count(coordinates: NDArray[np.float32]) -> tuple[NDArray[np.int64], int]:
+    """Count (n, 128) coordinates in BINS equal bins over -REACH..REACH; and n."""
     bins = np.clip(coordinates * np.float32(BINS / (2 * REACH)) + np.float32(BINS // 2), 0, BINS - 1)
     return np.bincount(bins.astype(np.int32).ravel(order="K"), minlength=BINS), len(coordinates)
 

@@ -104,8 +104,10 @@ def printable(path: str) -> str:
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
-    """Read header, metadata and report of a file."""
-    with Reader(path) as reader:
+    """Read header, metadata and report of a file: a path, or a URL or ORG/REPO/FILE.hlwq (see remote.find)."""
+    from .remote import open_reader  # and with it the standard library's HTTP client
+
+    with open_reader(path) as reader:
         return inspect_reader(reader)
 
 

@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hlwq_formats import metadata as md
 from hlwq_formats.errors import escape
 
 from .inspection import Inspection, TensorInfo
@@ -31,7 +32,7 @@ def human_bytes(count: float) -> str:
 
 
 def tensor_table(tensors: list[TensorInfo]) -> Table:
-    """One row a tensor: encoding, bits, size, closeness to the source, and why it is stored so."""
+    """One row a tensor, in the given order: encoding, bits, size, closeness to the source, and why it is stored so."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("tensor", overflow="fold")
     for column in ("shape", "dtype", "encoding"):
@@ -39,19 +40,26 @@ def tensor_table(tensors: list[TensorInfo]) -> Table:
     for column in ("bits", "bytes", "cosine", "SQNR dB"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("reason", overflow="fold")
-    for tensor in sorted(tensors, key=lambda t: natural_order(t.name)):
+    for tensor in tensors:
         table.add_row(
             Text(escape(tensor.name, 600)),
             "x".join(map(str, tensor.shape)) or "0-d",
             tensor.dtype,
             tensor.encoding,
-            _number(tensor.bits, "d") if tensor.encoding != "trellis" else _number(tensor.bpw, ".2f"),
+            number(tensor.bits, "d") if tensor.encoding != "trellis" else number(tensor.bpw, ".2f"),
             f"{tensor.bytes:,}",
-            _number(tensor.cosine, ".5f"),
-            _number(tensor.sqnr_db, ".2f"),
+            number(tensor.cosine, ".5f"),
+            number(tensor.sqnr_db, ".2f"),
             Text(escape(tensor.reason)),
         )
     return table
+
+
+def default_width(recipe: md.Recipe) -> str:
+    """What a tensor gets that no rule names."""
+    if recipe.target is not UNSET:
+        return escape(recipe.target)
+    return "raw" if recipe.bits is None else f"{recipe.bits} bits"
 
 
 def totals(inspection: Inspection) -> str:
@@ -61,12 +69,10 @@ def totals(inspection: Inspection) -> str:
     source = inspection.metadata.source
     origin = f"{source.repo}@{source.revision}" if source.repo else f"{len(source.files)} local files"
     recipe = inspection.metadata.recipe
-    width = "raw" if recipe.bits is None else f"{recipe.bits} bits"
-    if recipe.target is not UNSET:
-        width = escape(recipe.target)
+    width = default_width(recipe)
     lines = [
         f"{s.quantized} quantized, {s.raw} raw, {s.aliased} aliased; {inspection.weights:,} weights in "
-        f"{human_bytes(inspection.file_bytes)}, {_number(inspection.bpw, '.3f')} bits a weight",
+        f"{human_bytes(inspection.file_bytes)}, {number(inspection.bpw, '.3f')} bits a weight",
         f"bytes: {parts}",
         f"from {escape(origin)}; default {width}, effort {escape(recipe.effort)}, {len(recipe.rules)} rules"
         + (f", recipe {escape(recipe.name)}" if recipe.name else ""),
@@ -74,8 +80,8 @@ def totals(inspection: Inspection) -> str:
     if s.cosine_min is not None:
         lines.insert(
             1,
-            f"cosine min {s.cosine_min:.5f}, mean {_number(s.cosine_mean, '.5f')}; "
-            f"SQNR mean {_number(s.sqnr_db_mean, '.2f')} dB",
+            f"cosine min {s.cosine_min:.5f}, mean {number(s.cosine_mean, '.5f')}; "
+            f"SQNR mean {number(s.sqnr_db_mean, '.2f')} dB",
         )
     if inspection.content_id is not None:
         tool = inspection.metadata.tool
@@ -84,16 +90,23 @@ def totals(inspection: Inspection) -> str:
     return "\n".join(lines)
 
 
-def print_inspection(inspection: Inspection) -> None:
-    """Table and totals on stdout; wide enough for any name when stdout is no terminal."""
+def print_inspection(inspection: Inspection, tensors: list[TensorInfo] | None = None) -> None:
+    """Table and totals on stdout. `tensors` are those to list, by default all, by name."""
+    if tensors is None:
+        tensors = sorted(inspection.tensors, key=lambda t: natural_order(t.name))
+    show(Group(tensor_table(tensors), Text(""), Text(totals(inspection))))
+
+
+def show(content: RenderableType) -> None:
+    """Print on stdout, wide enough for any name when that is no terminal."""
     console = Console(highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=220, no_color=True)
-    content: RenderableType = Group(tensor_table(inspection.tensors), Text(""), Text(totals(inspection)))
     with console.capture() as capture:  # rich would turn a closed pipe into exit status 1
         console.print(content)
     sys.stdout.write(capture.get())
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A number in a format, or a dash."""
     return "-" if value is None else format(value, form)

@@ -54,9 +54,9 @@ def test_unusual_digits_do_no_harm(name: str) -> None:
     assert sorted([name, "layers.2"], key=natural_order) == sorted(["layers.2", name], key=natural_order)
 
 
-def test_the_table_is_in_natural_order() -> None:
+def test_the_table_is_in_the_given_order() -> None:
     lines = shown(info("layers.10.w"), info("layers.2.w"))
-    assert [line.split()[0] for line in lines[1:]] == ["layers.2.w", "layers.10.w"]
+    assert [line.split()[0] for line in lines[1:]] == ["layers.10.w", "layers.2.w"]
 
 
 # --- text -------------------------------------------------------------------------------------------

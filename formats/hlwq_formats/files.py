@@ -6,10 +6,29 @@ import os
 import stat
 import threading
 from types import TracebackType
+from typing import Protocol
 
 from .errors import IoFailure, MissingInput, SourceChanged
 
 _SEEK_LOCK = threading.Lock()
+
+
+class ByteSource(Protocol):
+    """What a container is read from: bytes by position. `name` stands for it in errors."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Exactly `length` bytes from `offset`, or an HlwqError; from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it; twice is once."""
+        ...
 
 
 class InputFile:

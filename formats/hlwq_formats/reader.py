@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import metadata as md
 from . import rans
 from .errors import BadDigest, BadFrames, BadLayout, BadValues, Usage, escape
-from .files import InputFile
+from .files import ByteSource, InputFile
 from .layout import (
     BLOCK,
     HEADER_LEN,
@@ -45,12 +45,13 @@ SymbolCheck = Callable[[md.TrellisTensor, NDArray[np.uint16]], None]
 class Reader:
     """An open container. Safe to use from several threads; close it or use it in a `with`.
 
+    `source` is the path of a regular file, or whatever else gives bytes by position: it is closed with the reader.
     `header` stands in for the first 128 bytes of a file whose header is not written yet: the writer
     checks its work through this class before it commits.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, header: bytes | None = None) -> None:
-        self._file = InputFile(path)
+    def __init__(self, source: str | os.PathLike[str] | ByteSource, *, header: bytes | None = None) -> None:
+        self._file = InputFile(source) if isinstance(source, str | os.PathLike) else source
         try:
             self._open(header)
         except BaseException:
