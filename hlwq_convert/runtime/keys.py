@@ -48,6 +48,10 @@ class KeyPlan:
     groups: list[Group]
     tied: dict[str, str]  # weight without a tensor of its own -> weight whose memory it shares
 
+    def names(self) -> set[str]:
+        """The tensors of the file that the model uses."""
+        return {name for group in self.groups for name in group.sources}
+
 
 def plan_keys(
     model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], equal: Mapping[str, str], path: str

@@ -18,9 +18,12 @@ from hlwq_formats.layout import numel
 from hlwq_formats.reader import Reader
 
 from .architecture import model_class, read_config, set_generation_config
+from .int4 import can_be_int4, int4_bytes, int4_config, to_int4
 from .keys import Group, KeyPlan, plan_keys
 from .load import TORCH, check_dtype, iter_reader
 from .memory import check_memory
+from .modules import Rotation, can_pack, pack
+from .packed import PackedMatrix, packed_bytes, read_packed
 from .tokenizer import read_tokenizer
 
 Weights = Literal["dense", "packed", "int4"]
@@ -60,9 +63,12 @@ def load_model(
             {t.name: t.of for t in entries if isinstance(t, md.AliasTensor)},
             reader.path,
         )
-        check_memory(_dense_bytes(model, plan, reader), device, reader.path, weights)
-        _fill(reader, model, plan, device, workers)
-        _finish(reader, model, plan, device)
+        int4 = int4_config(device, model.dtype) if weights == "int4" else None
+        packed = _packable(reader, model, plan) if weights == "packed" else {}
+        check_memory(_needed_bytes(reader, model, plan, packed, int4), device, reader.path, weights)
+        _pack(reader, model, packed, device)
+        _fill(reader, model, plan, packed, int4, device, workers)
+        _finish(reader, model, plan, packed, device)
         set_generation_config(reader, model)
     return model.eval(), tokenizer
 
@@ -108,23 +114,61 @@ def _dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
     }
 
 
-def _dense_bytes(model: PreTrainedModel, plan: KeyPlan, reader: Reader) -> int:
+def _packable(reader: Reader, model: PreTrainedModel, plan: KeyPlan) -> dict[str, md.Tensor]:
+    """The weights that can stay packed, and what each is in the file: those that no converter touches and that
+    only modules of a known kind use."""
+    packed = {}
+    for group in plan.groups:
+        stored = reader.stored_tensor(next(iter(group.sources)))
+        users = [group.target, *(key for key, source in plan.tied.items() if source == group.target)]
+        if group.converter is None and group.target not in plan.tied and packed_bytes(reader, stored) is not None:
+            places = [_place(model, key) for key in users]
+            if all(name == "weight" and can_pack(module) for module, name in places):
+                packed |= dict.fromkeys(users, stored)
+    return packed
+
+
+def _needed_bytes(
+    reader: Reader, model: PreTrainedModel, plan: KeyPlan, packed: dict[str, md.Tensor], int4: Any
+) -> int:
     """The model, and what is in memory beside it while the largest weight is made."""
     dtypes = _dtypes(model)
-    state = model.state_dict()
-    model_bytes = sum(v.numel() * dtypes[key].itemsize for key, v in state.items() if key not in plan.tied)
-    beside = max((_group_bytes(reader, group, dtypes[group.target]) for group in plan.groups), default=0)
-    return model_bytes + beside
+    needed = sum({tensor.name: packed_bytes(reader, tensor) or 0 for tensor in packed.values()}.values())
+    for key, value in model.state_dict().items():
+        if key not in plan.tied and key not in packed:
+            is_int4 = int4 is not None and _becomes_int4(model, plan, key)
+            needed += int4_bytes(value.numel()) if is_int4 else value.numel() * dtypes[key].itemsize
+    dense = (group for group in plan.groups if group.target not in packed)
+    return needed + max((_group_bytes(reader, group, dtypes[group.target]) for group in dense), default=0)
 
 
 def _group_bytes(reader: Reader, group: Group, dtype: torch.dtype) -> int:
     return sum(numel(reader.tensors[name].shape) * dtype.itemsize for name in group.sources)
 
 
-def _fill(reader: Reader, model: PreTrainedModel, plan: KeyPlan, device: torch.device, workers: int | None) -> None:
-    """Give every weight that the file holds its tensors, each group when its last one has been read."""
+def _becomes_int4(model: PreTrainedModel, plan: KeyPlan, key: str) -> bool:
+    """Whether this is the weight of a linear layer for torchao: one that nothing else shares."""
+    module, name = _place(model, key)
+    return name == "weight" and can_be_int4(module) and key not in plan.tied and key not in plan.tied.values()
+
+
+def _pack(reader: Reader, model: PreTrainedModel, packed: dict[str, md.Tensor], device: torch.device) -> None:
+    """Put what stays packed in its place, each tensor of the file once."""
+    matrices: dict[str, PackedMatrix] = {}
+    rotation = Rotation()
+    for key, tensor in packed.items():
+        if tensor.name not in matrices:
+            matrices[tensor.name] = read_packed(reader, tensor, model.dtype, device)
+        pack(_place(model, key)[0], matrices[tensor.name], rotation)
+
+
+def _fill(
+    reader: Reader, model: PreTrainedModel, plan: KeyPlan, packed: dict[str, md.Tensor], int4: Any,
+    device: torch.device, workers: int | None,
+) -> None:  # fmt: skip
+    """Give every other weight that the file holds its tensors, each group when its last one has been read."""
     dtypes = _dtypes(model)
-    group_of = {name: group for group in plan.groups for name in group.sources}
+    group_of = {name: group for group in plan.groups for name in group.sources if group.target not in packed}
     names = [name for name in reader.tensors if name in group_of]
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in iter_reader(reader, names, device, lambda name: dtypes[group_of[name].target], workers):
@@ -132,39 +176,50 @@ def _fill(reader: Reader, model: PreTrainedModel, plan: KeyPlan, device: torch.d
         arrived = waiting.setdefault(group.target, {})
         arrived[name] = value
         del value
-        if len(arrived) == len(group.sources):
-            del waiting[group.target]
-            made = group.convert(model, arrived)
-            del arrived
-            for key in list(made):
-                weight = made.pop(key).to(dtypes[key])
-                if key not in plan.tied:
-                    set_weight(model, key, weight)
+        if len(arrived) < len(group.sources):
+            continue
+        del waiting[group.target]
+        made = group.convert(model, arrived)
+        del arrived
+        for key in [key for key in made if key not in plan.tied]:
+            set_weight(model, key, made.pop(key).to(dtypes[key]))
+            if int4 is not None and _becomes_int4(model, plan, key):
+                to_int4(_place(model, key)[0], int4)
+    for name in reader.tensors.keys() - plan.names():
+        reader.verify_tensor(reader.tensors[name])  # no model wants it, but it is part of the file
+
+
+def _place(model: nn.Module, key: str) -> tuple[nn.Module, str]:
+    """The module that holds a weight, and the weight's name in it."""
+    module_name, _, name = key.rpartition(".")
+    return model.get_submodule(module_name), name
 
 
 def set_weight(model: nn.Module, key: str, value: torch.Tensor) -> None:
     """Put a parameter or a buffer in the place of the one that has this key."""
-    module_name, _, name = key.rpartition(".")
-    module = model.get_submodule(module_name)
+    module, name = _place(model, key)
     if name in module._parameters and not isinstance(value, nn.Parameter):
         value = nn.Parameter(value, requires_grad=value.is_floating_point())
     value._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves it as it is
     setattr(module, name, value)
 
 
-def _finish(reader: Reader, model: PreTrainedModel, plan: KeyPlan, device: torch.device) -> None:
+def _finish(
+    reader: Reader, model: PreTrainedModel, plan: KeyPlan, packed: dict[str, md.Tensor], device: torch.device
+) -> None:
     """Tie what is tied, and let transformers compute the buffers that no file holds."""
     for key, source in plan.tied.items():
-        module_name, _, name = source.rpartition(".")
-        set_weight(model, key, getattr(model.get_submodule(module_name), name))
+        if key not in packed:
+            set_weight(model, key, getattr(*_place(model, source)))
     for member, source in list(model.all_tied_weights_keys.items()):
         if member not in plan.tied and source not in plan.tied:
             del model.all_tied_weights_keys[member]  # the file has both, and they differ
     for key, value in list(model.named_buffers()):
         if value.is_meta:  # not a number until it is computed, so that one which nothing computes is seen
-            empty = torch.full_like(value, float("nan") if value.is_floating_point() else 0, device=device)
-            module_name, _, name = key.rpartition(".")
-            setattr(model.get_submodule(module_name), name, empty)
+            module, name = _place(model, key)
+            setattr(
+                module, name, torch.full_like(value, float("nan") if value.is_floating_point() else 0, device=device)
+            )
     model.initialize_weights()
     for key, value in model.named_buffers():
         if value.is_floating_point() and bool(value.isnan().any()):
