@@ -51,6 +51,7 @@ def to_int4(module: nn.Module, config: Any) -> None:
     from torchao.quantization import quantize_
 
     quantize_(module, config)
+    module._is_hf_initialized = True  # type: ignore[assignment]  # transformers leaves it as it is
 
 
 def _config(device: torch.device) -> Any:
