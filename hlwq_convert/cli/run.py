@@ -28,7 +28,14 @@ from .common import common_options, print_json, run_command
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, the text in it.")
 @common_options
 def command(
-    file: str, prompt: str | None, chat: bool, weights: Any, max_new_tokens: int, as_json: bool, quiet: bool, debug: bool
+    file: str,
+    prompt: str | None,
+    chat: bool,
+    weights: Any,
+    max_new_tokens: int,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
 ) -> None:
     """Load the model in FILE and let it continue a text.
 
@@ -63,11 +70,9 @@ def command(
     print()
     if not quiet:
         rate = "" if made.tokens_per_second is None else f", {made.tokens_per_second:.1f} tokens/s"
-        print(
-            f"hlwq: {made.prompt_tokens} + {made.new_tokens} tokens, first after {made.first_token_seconds:.2f} s{rate}; "
-            f"loaded {weights} in {load_seconds:.1f} s; peak memory {made.peak_bytes / 1e6:.0f} MB on {model.device}",
-            file=sys.stderr,
-        )
+        speed = f"{made.prompt_tokens} + {made.new_tokens} tokens, the first in {made.first_token_seconds:.2f} s{rate}"
+        memory = f"peak memory {made.peak_bytes / 1e6:.0f} MB on {model.device}"
+        print(f"hlwq: {speed}; loaded {weights} in {load_seconds:.1f} s; {memory}", file=sys.stderr)
 
 
 def _show(text: str) -> None:

@@ -75,7 +75,8 @@ def read_config(reader: Reader, code: Path | None) -> PreTrainedConfig:
             hint=CODE_HINT,
         )
     try:
-        return config_class.from_dict(document)
+        config: PreTrainedConfig = config_class.from_dict(document)
+        return config
     except Exception as error:  # whatever the values of a stranger's config bring about in a class of transformers
         raise _unusable(reader, "config.json", error) from error
 
@@ -89,24 +90,27 @@ def model_class(reader: Reader, config: PreTrainedConfig, code: Path | None) -> 
     names = getattr(config, "architectures", None)
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
     if code is not None and (reference := _reference(config.to_dict(), name)):
-        found = _class_of_folder(reader, reference, code)
-        if not issubclass(found, PreTrainedModel):
+        own: type[PreTrainedModel] = _class_of_folder(reader, reference, code)
+        if not issubclass(own, PreTrainedModel):
             raise UnknownArchitecture(f"{escape(reference, 80)} is no model of transformers", file=reader.path)
-        return found
+        return own
+    found: Any
     if name is None or "modules.json" in reader.assets:
         found = AutoModel._model_mapping.get(type(config), None)
         if isinstance(found, tuple):
             found = found[0]
     else:
         found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and isinstance(config, found.config_class)):
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not (is_model and isinstance(config, found.config_class or ())):
         raise UnknownArchitecture(
             f"transformers {transformers.__version__} has no architecture {escape(str(name), 80)} for model_type "
             f"{escape(config.model_type, 80)}",
             file=reader.path,
             hint=CODE_HINT,
         )
-    return found
+    architecture: type[PreTrainedModel] = found
+    return architecture
 
 
 def set_generation_config(reader: Reader, model: PreTrainedModel) -> None:

@@ -40,7 +40,7 @@ class _Pieces(TextStreamer):
         """Tokens, the prompt's first."""
         if not self.next_tokens_are_prompt:
             self.times.append(time.perf_counter())
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Text that later tokens do not change any more."""
@@ -80,9 +80,9 @@ def generate(
     streamer = _Pieces(tokenizer, on_text)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     began = time.perf_counter()
-    model.generate(
+    model.generate(  # type: ignore[operator]  # mypy takes it for an attribute of nn.Module
         **inputs.to(model.device), max_new_tokens=max_new_tokens, streamer=streamer, **(greedy | options)
-    )  # fmt: skip
+    )
     times = streamer.times
     after_first = times[-1] - times[0]
     return Generation(

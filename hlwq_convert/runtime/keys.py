@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from hlwq_formats.errors import NotThisModel, escape
 
-_LISTED = 5
+_LISTED = 3
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Group:
         if self.converter is None:
             return {self.target: tensors[next(iter(self.sources))]}
         for name, pattern in self.sources.items():
-            self.converter.add_tensor(self.target, name, pattern, tensors[name])
+            self.converter.add_tensor(self.target, name, pattern, tensors[name])  # type: ignore[arg-type]
         converted = self.converter.convert(self.target, model=model, config=model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in converted.items()}
 
@@ -80,8 +80,8 @@ def plan_keys(
             if key not in wanted:
                 problems["unexpected"].append(key)
             elif value.shape != wanted[key].shape:
-                shapes = f"{list(value.shape)}, the model has {list(wanted[key].shape)}"
-                problems.setdefault("of another shape", []).append(f"{key}: {shapes}")
+                shapes = f"{list(value.shape)} for {list(wanted[key].shape)}"
+                problems.setdefault("of another shape", []).append(f"{key} {shapes}")
     problems["given twice"] = problems.get("given twice", []) + [key for key, n in hits.items() if n > 1]
     tied = _tied(model, hits, holders, equal)
     # a buffer may be left out where transformers computes it: a weight never, it would be random
@@ -150,8 +150,9 @@ def _tied(
         families.setdefault(source, [source]).append(member)
     tied = {}
     for family in families.values():
-        first = next((key for key in family if key in hits), None)
-        for key in family if first is not None else ():
+        present = [key for key in family if key in hits]
+        for key in family if present else ():
+            first = present[0]
             if key not in hits or (key != first and origin(key) is not None and origin(key) == origin(first)):
                 tied[key] = first
     return tied
@@ -159,4 +160,4 @@ def _tied(
 
 def _summary(what: str, keys: list[str]) -> str:
     more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
-    return f"{len(keys)} {what}: {', '.join(escape(key, 60) for key in keys[:_LISTED])}{more}"
+    return f"{len(keys)} {what}: {', '.join(escape(key, 100) for key in keys[:_LISTED])}{more}"

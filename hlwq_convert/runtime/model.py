@@ -117,7 +117,7 @@ def _dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
 def _packable(reader: Reader, model: PreTrainedModel, plan: KeyPlan) -> dict[str, md.Tensor]:
     """The weights that can stay packed, and what each is in the file: those that no converter touches and that
     only modules of a known kind use."""
-    packed = {}
+    packed: dict[str, md.Tensor] = {}
     for group in plan.groups:
         stored = reader.stored_tensor(next(iter(group.sources)))
         users = [group.target, *(key for key, source in plan.tied.items() if source == group.target)]

@@ -43,12 +43,12 @@ class _Packed(nn.Module):
     matrix: PackedMatrix
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         """The whole matrix, decoded anew each time."""
         return self.matrix.rows(0, self.matrix.shape[0], self.matrix.like.dtype)
 
 
-class HlwqLinear(_Packed, nn.Linear):
+class HlwqLinear(_Packed, nn.Linear):  # type: ignore[override]
     """nn.Linear whose rows are decoded some at a time; where they are whole blocks, in the rotated domain."""
 
     rotation: Rotation
@@ -68,7 +68,7 @@ class HlwqLinear(_Packed, nn.Linear):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-class HlwqEmbedding(_Packed, nn.Embedding):
+class HlwqEmbedding(_Packed, nn.Embedding):  # type: ignore[override]
     """nn.Embedding that decodes the rows it is asked for."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

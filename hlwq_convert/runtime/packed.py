@@ -134,7 +134,7 @@ def _decode_on_cpu(
         if rotated:
             scaled_levels(rotated_code, tag, packed[part], halves[part], items[part].reshape(-1))
         else:
-            full(packed[part].data, halves[part].view(np.float16), items[part].reshape(-1))
+            full(packed[part].tobytes(), halves[part].view(np.float16), items[part].reshape(-1))
 
     step = max(_PART // BLOCK, -(-len(scales) // default_workers()))
     parts = [slice(start, min(start + step, len(scales))) for start in range(0, len(scales), step)]
