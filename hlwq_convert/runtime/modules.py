@@ -45,7 +45,9 @@ class _Packed(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The whole matrix, decoded anew each time."""
-        return self.matrix.rows(0, self.matrix.shape[0], self.matrix.like.dtype)
+        value = self.matrix.rows(0, self.matrix.shape[0], self.matrix.like.dtype)
+        value._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves it as it is
+        return value
 
 
 class HlwqLinear(_Packed, nn.Linear):  # type: ignore[override]
@@ -91,4 +93,5 @@ def pack(module: nn.Module, matrix: PackedMatrix, rotation: Rotation) -> None:
     module.matrix = matrix
     if isinstance(module, HlwqLinear):
         module.rotation = rotation
-    module._is_hf_initialized = True  # type: ignore[assignment]  # transformers leaves it as it is
+    if own in ours.__mro__:  # transformers has nothing to compute; in a class of its own it may have
+        module._is_hf_initialized = True  # type: ignore[assignment]
