@@ -22,7 +22,7 @@ from hlwq_formats.reader import Reader
 
 from ..decode import code_chunks, scalar_code
 from ..parallel import default_workers
-from ..quantize import ScalarCode, power_of_two
+from ..quantize import ScalarCode
 from .dequantize import fwht, unpack
 from .load import TAGS
 
@@ -105,7 +105,7 @@ def decode_blocks(
     """(n, 128) weights of n blocks, on any device: signs * (scale * fwht(levels[codes])), or scale * levels[codes]
     times 2**3 when `rotated`. The tensors are the buffers of PackedMatrix, or rows of them."""
     values = levels.view(torch.float32)[unpack(codes, codes.shape[1] // 16).int()].reshape(-1, BLOCK)
-    scale = scales.view(torch.float16).float() * float(power_of_two(exponent + _ROTATED_EXPONENT * rotated))
+    scale = scales.view(torch.float16).float() * 2.0 ** (exponent + _ROTATED_EXPONENT * rotated)
     return (scale[:, None] * values if rotated else signs * (scale[:, None] * fwht(values))).to(dtype)
 
 
