@@ -5,6 +5,7 @@ import hlwq_convert as h
 h.convert("model-dir", "out.hlwq", bits=5)
 h.inspect("out.hlwq").bpw
 state_dict = h.load_state_dict("out.hlwq")  # needs torch
+model, tokenizer = h.load_model("out.hlwq")  # needs transformers too
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .open_file import OpenFile as open  # noqa: F401, N813
     from .runtime.load import iter_tensors as iter_tensors
     from .runtime.load import load_state_dict as load_state_dict
+    from .runtime.model import load_model as load_model
 
 _LAZY = {
     "convert": "conversion.convert",
@@ -28,6 +30,7 @@ _LAZY = {
     "open": "open_file.OpenFile",
     "load_state_dict": "runtime.load.load_state_dict",
     "iter_tensors": "runtime.load.iter_tensors",
+    "load_model": "runtime.model.load_model",
     "HlwqError": "hlwq_formats.errors.HlwqError",
 }
 

@@ -37,7 +37,7 @@ STATUS = {
     "UnsupportedFeature": 69, "MissingInput": 66, "BadSafetensors": 65, "BadModelDir": 65, "UnsafePath": 65,
     "NonFinite": 65, "UnsupportedDtype": 69, "AlreadyQuantized": 69, "SourceChanged": 75, "CannotCreate": 73,
     "IoFailure": 74, "Locked": 75, "SelfCheckFailed": 70, "Usage": 2,
-    "Internal": 70,
+    "Internal": 70, "NotThisModel": 65, "UnknownArchitecture": 69, "TooLittleMemory": 74, "NotAvailable": 69,
 }  # fmt: skip
 """Error class -> exit status, from the catalogue and DESIGN, not from the classes."""
 

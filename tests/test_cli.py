@@ -187,7 +187,7 @@ def test_converting_and_inspecting_never_import_torch(model: Path, tmp_path: Pat
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("tool", ["convert", "inspect"])
+@pytest.mark.parametrize("tool", ["convert", "inspect", "run"])
 def test_help_is_light(tool: str) -> None:
     code = (
         f"import sys; sys.argv[1:] = ['--help']; from hlwq_convert.cli.{tool} import main\n"

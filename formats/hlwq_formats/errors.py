@@ -246,6 +246,36 @@ class NotFromSource(BadData):
     code = 305
 
 
+# --- a good file that does not run here -----------------------------------------------------------
+
+
+class NotThisModel(BadData):
+    """Tensors or a config that are not those of the architecture that the file names."""
+
+    code = 501
+
+
+class UnknownArchitecture(HlwqError):
+    """A model whose code is neither in transformers nor in a folder that was given."""
+
+    code = 502
+    exit_status = 69
+
+
+class TooLittleMemory(HlwqError):
+    """The model does not fit into the memory that is free."""
+
+    code = 503
+    exit_status = 74
+
+
+class NotAvailable(HlwqError):
+    """A package, a kernel or a device that is needed and not here."""
+
+    code = 504
+    exit_status = 69
+
+
 # --- the caller -----------------------------------------------------------------------------------
 
 

@@ -30,3 +30,10 @@ def inspect() -> NoReturn:
     from .inspect import main
 
     main()
+
+
+def run() -> NoReturn:
+    """hlwq-run."""
+    from .run import main
+
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -75,25 +76,49 @@ def iter_tensors(
     Signs and assets are verified first, each tensor before it is yielded. `workers` is the number of threads
     that decode, by default one for each CPU that this process may use.
     """
+    check_dtype(dtype)
+    with Reader(path) as reader:
+        reader.verify_shared()
+        yield from iter_reader(reader, list(reader.tensors), device, lambda _: dtype, workers)
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise Usage when weights cannot be wanted in this dtype."""
     if dtype is not None and not dtype.is_floating_point:
         raise Usage(f"dtype is {dtype}, expected a floating-point type")
+
+
+def iter_reader(
+    reader: Reader,
+    names: Sequence[str],
+    device: str | torch.device,
+    dtype_of: Callable[[str], torch.dtype | None],
+    workers: int | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """iter_tensors for some tensors of an open file, each in the dtype that `dtype_of` its name wants.
+
+    What is decoded once for two names is held until the second was yielded. Signs and assets are left unverified.
+    """
     workers = workers or default_workers()
-    with Reader(path) as reader, ThreadPoolExecutor(workers, "hlwq") as pool:
-        reader.verify_shared()
-        stored = [t for t in reader.metadata.tensors if not isinstance(t, md.AliasTensor)]
-        loaded = _load(reader, stored, pool, 2 * workers, torch.device(device), dtype)
-        wanted = {t.of for t in reader.metadata.tensors if isinstance(t, md.AliasTensor)}
-        shared: dict[str, torch.Tensor] = {}
-        for tensor in reader.metadata.tensors:
-            if isinstance(tensor, md.AliasTensor):
-                value = shared[tensor.of]
+    parts = [(reader.stored_tensor(name), dtype_of(name)) for name in names]
+    users = Counter((tensor.name, dtype) for tensor, dtype in parts)
+    first = dict.fromkeys((tensor.name, dtype) for tensor, dtype in parts)
+    wanted = [(reader.stored_tensor(name), dtype) for name, dtype in first]
+    shared: dict[tuple[str, torch.dtype | None], torch.Tensor] = {}
+    with ThreadPoolExecutor(workers, "hlwq") as pool:
+        loaded = _load(reader, wanted, pool, 2 * workers, torch.device(device))
+        for name, (tensor, dtype) in zip(names, parts, strict=True):
+            key = tensor.name, dtype
+            users[key] -= 1
+            if key in shared:
+                value = shared[key] if users[key] else shared.pop(key)
                 # matrices of equal bytes are tied; norms and biases only happen to be equal, and are trained apart
-                yield tensor.name, value if len(tensor.shape) > 1 else value.clone()
+                yield name, value if len(tensor.shape) > 1 else value.clone()
                 continue
             value = next(loaded)
-            if tensor.name in wanted:
-                shared[tensor.name] = value
-            yield tensor.name, value
+            if users[key]:
+                shared[key] = value
+            yield name, value
             del value
 
 
@@ -101,28 +126,27 @@ def get_torch(reader: Reader, name: str, device: str | torch.device = "cpu") -> 
     """One tensor of an open file, verified."""
     workers = default_workers()
     with ThreadPoolExecutor(workers, "hlwq") as pool:
-        return next(_load(reader, [reader.stored_tensor(name)], pool, 2 * workers, torch.device(device), None))
+        return next(_load(reader, [(reader.stored_tensor(name), None)], pool, 2 * workers, torch.device(device)))
 
 
 def _load(
     reader: Reader,
-    tensors: Sequence[md.StoredTensor],
+    tensors: Sequence[tuple[md.StoredTensor, torch.dtype | None]],
     pool: ThreadPoolExecutor,
     ahead: int,
     device: torch.device,
-    dtype: torch.dtype | None,
 ) -> Iterator[torch.Tensor]:
     """The tensors in order, each when it is complete and verified, decoded in one stream over all of them."""
-    for value in ordered_map(pool, ahead, call, _tasks(reader, tensors, device, dtype)):
+    for value in ordered_map(pool, ahead, call, _tasks(reader, tensors, device)):
         if value is not None:
             yield value
 
 
 def _tasks(
-    reader: Reader, tensors: Sequence[md.StoredTensor], device: torch.device, dtype: torch.dtype | None
+    reader: Reader, tensors: Sequence[tuple[md.StoredTensor, torch.dtype | None]], device: torch.device
 ) -> Iterator[Callable[[], torch.Tensor | None]]:
     """Tasks that fill each tensor, then one that returns it: made only when its digests have matched."""
-    for tensor in tensors:
+    for tensor, dtype in tensors:
         own = TORCH.get(tensor.dtype)
         if own is None:
             raise UnsupportedDtype(f"torch has no type for {tensor.dtype}", file=reader.path, tensor=tensor.name)

@@ -1,0 +1,209 @@
+"""Matrices that stay packed: the bits of the loader where weights are decoded, its logits where they are not."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import write_model
+from test_load_model import DECODER, MODELS, convert, logits, source_model
+
+import hlwq_convert as h
+from hlwq_formats.errors import BadData, NotAvailable
+from hlwq_formats.reader import Reader
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from hlwq_convert.runtime.modules import HlwqEmbedding, HlwqLinear, Rotation  # noqa: E402
+from hlwq_convert.runtime.packed import PackedMatrix, decode_blocks, read_packed  # noqa: E402
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def packed_and_dense(
+    folder: Path, shape: tuple[int, int], bits: int, dtype: str = "F32"
+) -> tuple[PackedMatrix, torch.Tensor]:
+    """A random matrix both ways."""
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32).tobytes()
+    h.convert(write_model(folder / "m", {"w": ("F32", shape, values)}), folder / "o.hlwq", bits)
+    with Reader(folder / "o.hlwq") as reader:
+        matrix = read_packed(reader, reader.tensors["w"], DTYPES[dtype], torch.device("cpu"))
+    return matrix, h.load_state_dict(folder / "o.hlwq", dtype=DTYPES[dtype])["w"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+@pytest.mark.parametrize("shape", [(70, 96), (40, 128), (33, 200), (9, 640), (5000, 3)])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_any_rows_have_the_bits_of_the_loader(tmp_path: Path, shape: tuple[int, int], bits: int, dtype: str) -> None:
+    matrix, dense = packed_and_dense(tmp_path, shape, bits, dtype)
+    rows = shape[0]
+    for start, stop in [(0, rows), (0, 1), (rows - 1, rows), (rows // 3, rows // 2), (2, 2)]:
+        assert torch.equal(matrix.rows(start, stop, DTYPES[dtype]), dense[start:stop])
+    index = torch.tensor([0, rows - 1, 1, 1, rows // 2])
+    assert torch.equal(matrix.take(index), dense[index])
+    assert matrix.take(index[:0]).shape == (0, shape[1])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_kernels_and_torch_operations_give_equal_bits(tmp_path: Path, dtype: torch.dtype, rotated: bool) -> None:
+    # a GPU runs the second; more blocks than one thread takes
+    matrix, _ = packed_and_dense(tmp_path, (700, 1000), 4)
+    plain = decode_blocks(
+        matrix.codes, matrix.scales, matrix.levels, matrix.signs, matrix.exponent, dtype, rotated
+    )  # fmt: skip
+    assert torch.equal(matrix._decode(matrix.codes, matrix.scales, dtype, rotated), plain)
+
+
+def test_the_rotated_domain_gives_the_same_products(tmp_path: Path) -> None:
+    matrix, dense = packed_and_dense(tmp_path, (300, 384), 5)
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((7, 384)).astype(np.float32))
+    exact = x.double() @ dense.double().T
+    found = matrix.rotate(x) @ matrix.rotated_rows(0, 300, torch.float32).T
+    # each of 384 products and 7 butterfly passes rounds by at most 2**-24 of its size: about 1e-6 of the whole
+    assert (found - exact).norm() / exact.norm() < 2e-6
+    assert (x @ dense.T - exact).norm() / exact.norm() < 2e-6
+
+
+def test_the_rotated_domain_stays_within_fp16(tmp_path: Path) -> None:
+    # weights of .02 and large activations: both must neither vanish nor overflow
+    values = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32) / 50
+    h.convert(write_model(tmp_path / "m", {"w": ("F32", (64, 128), values.tobytes())}), tmp_path / "o.hlwq")
+    with Reader(tmp_path / "o.hlwq") as reader:
+        matrix = read_packed(reader, reader.tensors["w"], torch.float16, torch.device("cpu"))
+    x = torch.full((1, 128), 3000.0, dtype=torch.float16) * matrix.signs
+    assert matrix.rotate(x).isfinite().all()
+    rows = matrix.rotated_rows(0, 64, torch.float16).double()
+    exact = matrix.rotated_rows(0, 64, torch.float32).double()
+    assert (rows - exact).norm() / exact.norm() < 2**-11
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("hidden", [64, 128])
+@pytest.mark.parametrize("name", ["llama, tied", "llama", "qwen2", "gemma3", "bert", "qwen3 moe"])
+def test_packed_logits_are_the_dense_ones(
+    tmp_path: Path, name: str, hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, sizes = MODELS[name]
+    monkeypatch.setitem(MODELS, name, (config, sizes | {"hidden_size": hidden}))
+    path = convert(source_model(name, torch.float32), tmp_path)
+    (dense, _), (packed, _) = h.load_model(path), h.load_model(path, weights="packed")
+    kinds = {type(m).__mro__[1] if "Scaled" in type(m).__name__ else type(m) for m in packed.modules()}
+    assert HlwqLinear in kinds and any(isinstance(m, HlwqEmbedding) for m in packed.modules())
+    # float32 throughout: what differs is the order of sums, and a rotation there and back, each some 1e-7
+    assert relative(logits(packed), logits(dense)) < 3e-6
+    assert {key for key, _ in packed.named_parameters()} < {key for key, _ in dense.named_parameters()}
+
+
+def test_packed_in_bfloat16_is_no_further_from_the_exact_logits_than_dense(tmp_path: Path) -> None:
+    path = convert(source_model("llama"), tmp_path)
+    exact = logits(h.load_model(path, dtype=torch.float32)[0])
+    dense, packed = (relative(logits(h.load_model(path, weights=w)[0]), exact) for w in ("dense", "packed"))
+    # both round weights and activations to 8 bits of precision, only other ones: the errors are alike, not equal
+    assert packed < 1.5 * dense
+
+
+def sizes_of(model: torch.nn.Module) -> int:
+    return sum(t.nbytes for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+
+
+def test_codes_stay_as_small_as_in_the_file_and_tied_weights_are_one(tmp_path: Path) -> None:
+    path = convert(source_model("llama, tied"), tmp_path)
+    model, _ = h.load_model(path, weights="packed")
+    assert model.lm_head.matrix is model.model.embed_tokens.matrix
+    with Reader(path) as reader:
+        stored = sum(s.length for t in reader.metadata.tensors for s in t.sections)
+        quantized = sum(t.encoding == "scalar" for t in h.inspect(path).tensors)
+    buffers = sum(b.nbytes for name, b in model.named_buffers() if "inv_freq" not in name)
+    vectors = sum(p.nbytes for p in model.parameters())
+    # beside what is stored, a matrix has its own copy of the 128 signs, a byte each
+    assert buffers + vectors == stored + 128 * quantized
+    assert torch.equal(model.lm_head.weight, h.load_state_dict(path)["model.embed_tokens.weight"])
+
+
+def test_siblings_share_one_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, sizes = MODELS["llama"]
+    monkeypatch.setitem(MODELS, "llama", (config, sizes | {"hidden_size": 128, "intermediate_size": 256}))
+    model, _ = h.load_model(convert(source_model("llama"), tmp_path), weights="packed")
+    calls = []
+    rotate = PackedMatrix.rotate
+    monkeypatch.setattr(PackedMatrix, "rotate", lambda self, x: calls.append(self) or rotate(self, x))
+    logits(model)
+    # a layer rotates for q, k and v; for gate and up; for down (o has 64 inputs); then once for the head
+    assert len(calls) == 3 * 2 + 1
+
+
+def test_a_rotation_is_not_taken_for_another(tmp_path: Path) -> None:
+    matrix, _ = packed_and_dense(tmp_path, (32, 128), 4)
+    rotation, x = Rotation(), torch.randn(2, 128)
+    first = rotation(x, matrix)
+    assert rotation(x, matrix) is first
+    x += 1  # in place: the same tensor with other values
+    assert torch.equal(rotation(x, matrix), matrix.rotate(x))
+    y = x.clone()
+    assert rotation(y, matrix) is not first
+    assert copy.deepcopy(rotation)._last is None
+
+
+def test_a_packed_model_can_be_copied_and_cast(tmp_path: Path) -> None:
+    path = convert(source_model("llama, tied"), tmp_path)
+    model, _ = h.load_model(path, weights="packed")
+    before = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), before)
+    wide = logits(model.float())
+    assert wide.dtype is torch.float32
+    assert relative(wide, logits(h.load_model(path, dtype=torch.float32)[0])) < 3e-6
+
+
+def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, sizes = MODELS["llama"]
+    monkeypatch.setitem(MODELS, "llama", (config, sizes | {"hidden_size": 128, "num_hidden_layers": 1}))
+    path = convert(source_model("llama", torch.float32), tmp_path)
+    model, _ = h.load_model(path, weights="packed")
+    # every operation in one graph; "aot_eager" traces all that inductor would, in a tenth of its time
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        ids = torch.arange(3, 23).reshape(2, 10)
+        assert relative(compiled(ids, use_cache=False)[0], model(ids, use_cache=False)[0]) < 3e-6
+
+
+def test_damage_in_codes_is_found(tmp_path: Path) -> None:
+    path = convert(source_model("llama"), tmp_path)
+    data = bytearray(path.read_bytes())
+    with Reader(path) as reader:
+        offset = reader._offsets[reader._index["tensor", "lm_head.weight", "codes"]]
+    data[offset + 50] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadData, match=r'tensor "lm_head\.weight": codes@'):
+        h.load_model(path, weights="packed")
+
+
+def test_int4_without_torchao_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    path = convert(source_model("llama"), tmp_path)
+    with pytest.raises(NotAvailable, match=r'weights="int4" needs torchao, with kernels for cpu .*weights="packed"'):
+        h.load_model(path, weights="int4")
+
+
+def test_int4_keeps_each_linear_layer_of_whole_groups_at_4_bits(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    from transformers import LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**DECODER | {"hidden_size": 256, "intermediate_size": 192, "tie_word_embeddings": True})
+    path = convert(transformers.LlamaForCausalLM(config), tmp_path, bits=8)
+    (dense, _), (int4, _) = h.load_model(path), h.load_model(path, weights="int4")
+    kinds: dict[str, Any] = {name: type(p.data).__name__ for name, p in int4.named_parameters()}
+    assert kinds["model.layers.0.mlp.gate_proj.weight"].startswith("Int4")
+    assert kinds["model.layers.0.mlp.down_proj.weight"] == "Tensor"  # rows of 192: no whole groups
+    assert int4.lm_head.weight is int4.model.embed_tokens.weight
+    # 4 bits with a scale for 128 cost a tenth of the output in a random model: present, and no more
+    assert 0.01 < relative(logits(int4), logits(dense)) < 0.3
