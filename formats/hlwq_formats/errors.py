@@ -246,6 +246,64 @@ class NotFromSource(BadData):
     code = 305
 
 
+# --- a model hub ----------------------------------------------------------------------------------
+
+
+class HubUnreadable(HlwqError):
+    """A repository or revision that is not there, or that this token may not read."""
+
+    code = 501
+    exit_status = 66
+
+
+class HubRefused(HlwqError):
+    """The Hub does not let us write: no token, no right to, or a request it rejects."""
+
+    code = 502
+    exit_status = 73
+
+
+class HubMoved(HlwqError):
+    """Someone else committed between our look at the branch and our commit."""
+
+    code = 503
+    exit_status = 75
+
+
+class HubBusy(HlwqError):
+    """The Hub asks for patience."""
+
+    code = 504
+    exit_status = 75
+
+
+class HubFailed(HlwqError):
+    """The Hub failed, or the connection to it."""
+
+    code = 505
+    exit_status = 74
+
+
+class HubMismatch(HlwqError):
+    """What the Hub holds after a push is not what was pushed."""
+
+    code = 506
+    exit_status = 70
+
+
+class ForeignRepo(HlwqError):
+    """A target that holds what this tool did not write."""
+
+    code = 507
+    exit_status = 73
+
+
+class BadEvaluation(BadData):
+    """A document of measurements that cannot be read, or that is of another file."""
+
+    code = 508
+
+
 # --- the caller -----------------------------------------------------------------------------------
 
 

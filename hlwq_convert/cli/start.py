@@ -30,3 +30,10 @@ def inspect() -> NoReturn:
     from .inspect import main
 
     main()
+
+
+def push() -> NoReturn:
+    """hlwq-push."""
+    from .push import main
+
+    main()
