@@ -219,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _on_revision(self, name: str, revision: str) -> None:
         repo = self._repo(name)
         oid = self._commit_of(repo, revision)
-        siblings = [{"rfilename": path} for path in sorted(repo.commits[oid])]
+        siblings = [{"rfilename": path, "size": len(data)} for path, data in sorted(repo.commits[oid].items())]
         raise _Answer(200, {"id": name, "sha": oid, "siblings": siblings, "private": repo.private, "gated": repo.gated})
 
     def _entry(self, path: str, data: bytes) -> dict[str, object]:

@@ -37,3 +37,10 @@ def push() -> NoReturn:
     from .push import main
 
     main()
+
+
+def requantize() -> NoReturn:
+    """hlwq-requantize."""
+    from .requantize import main
+
+    main()

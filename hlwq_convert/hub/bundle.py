@@ -60,10 +60,7 @@ def make_bundle(files: Sequence[str | os.PathLike[str]], repo: str, evaluations:
     """
     check_repo(repo)
     paths = sorted(map(Path, files), key=lambda path: path.name)
-    names = [path.name for path in paths]
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise Usage(f"{escape(name)}: a published file has a plain name of letters, digits, - and _ in {SUFFIX}")
+    names = [check_name(path.name) for path in paths]
     if len({name.lower() for name in names}) != len(names):
         raise Usage("two of the files have the same name")
     containers, items = [], []
@@ -75,7 +72,7 @@ def make_bundle(files: Sequence[str | os.PathLike[str]], repo: str, evaluations:
             inspection = msgspec.structs.replace(inspect_reader(reader), file=path.name)
             assets = {name: reader.read_asset(name) for name in reader.assets if is_asset(name)}
         containers.append(Container(path.name, inspection, of_content(evaluations, inspection.content_id)))
-        items.append(Item(path.name, path, _sha256(path)))
+        items.append(Item(path.name, path, hash_file(path)))
         readme = assets.pop(CARD, b"")
         if beside is not None and assets != beside:
             differ = sorted(n for n in {*assets, *beside} if assets.get(n) != beside.get(n))
@@ -92,7 +89,15 @@ def make_bundle(files: Sequence[str | os.PathLike[str]], repo: str, evaluations:
     return Bundle(repo, containers, items, [warning] if warning else [])
 
 
-def _sha256(path: Path) -> str:
+def check_name(name: str) -> str:
+    """The name, when a repository can have a container of it; else Usage."""
+    if not _NAME.fullmatch(name):
+        raise Usage(f"{escape(name)}: a published file has a plain name of letters, digits, - and _ in {SUFFIX}")
+    return name
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with InputFile(path) as file:
         for start in range(0, file.size, _PIECE):

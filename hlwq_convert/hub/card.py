@@ -62,12 +62,12 @@ def make_card(repo: str, containers: list[Container], base: dict[str, Any]) -> s
         "into HLWQ files: blocks of 128 weights are rotated by a Walsh-Hadamard transform and coded with a codebook "
         "fitted to each tensor. Norms, biases and other delicate tensors are as in the source, bit for bit. "
         "report.json has the error of every tensor.",
-        _file_table(containers),
+        file_table(containers),
         "Cosine and SQNR compare each quantized tensor with the source; they were measured on the decoded weights "
         "while converting. They are an alarm for bugs more than a measure of quality.",
     ]
     if any(container.evaluation for container in containers):
-        parts += ["## Output against the source", _evaluation_table(containers)]
+        parts += ["## Output against the source", evaluation_table(containers)]
     parts += [
         "## Loading",
         _snippet(repo, containers),
@@ -99,11 +99,10 @@ def license_warning(base: dict[str, Any]) -> str | None:
     return None
 
 
-def plain(text: str) -> str:
+def plain(text: str, limit: int = 120) -> str:
     """A text of a file inside Markdown: one line, and no mark-up, mention or command of a CI system."""
-    return re.sub(r"([\\`*_{}\[\]<>()#|!&~@])", lambda found: f"&#{ord(found[1])};", escape(text, 120)).replace(
-        "::", ":&#58;"
-    )
+    shown = re.sub(r"[\\`*_{}\[\]<>()#|!&~@]", lambda found: f"&#{ord(found[0])};", escape(text, limit))
+    return shown.replace("::", ":&#58;")
 
 
 def _sentence(text: str) -> str:
@@ -126,7 +125,8 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 500
 
 
-def _file_table(containers: list[Container]) -> str:
+def file_table(containers: list[Container]) -> str:
+    """Size and closeness to the source of each file, in Markdown."""
     rows = [
         [
             c.name,
@@ -137,10 +137,11 @@ def _file_table(containers: list[Container]) -> str:
         ]
         for c in containers
     ]
-    return _table(["file", "size", "bits a weight, whole file", "lowest cosine", "mean SQNR, dB"], rows)
+    return table(["file", "size", "bits a weight, whole file", "lowest cosine", "mean SQNR, dB"], rows)
 
 
-def _evaluation_table(containers: list[Container]) -> str:
+def evaluation_table(containers: list[Container]) -> str:
+    """The output of each file that was measured, in Markdown."""
     rows = [
         [
             c.name,
@@ -155,10 +156,11 @@ def _evaluation_table(containers: list[Container]) -> str:
         if (e := c.evaluation) is not None
     ]
     columns = ["file", "text", "context, tokens", "perplexity", "ratio to the source"]
-    return _table([*columns, "KL divergence, mean, nats", "99th percentile"], rows)
+    return table([*columns, "KL divergence, mean, nats", "99th percentile"], rows)
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> str:
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the cells are taken as they are."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -82,10 +82,15 @@ def resolve(repo: str, revision: str | None = None) -> Remote:
 
 def download(remote: Remote) -> Path:
     """The folder of the cache that holds the files of `remote`, those fetched that are missing."""
+    return _snapshot(remote, find_weights(remote))
+
+
+def find_weights(remote: Remote) -> list[str]:
+    """The shards that a conversion reads; fetches everything else."""
     folder = _snapshot(remote, remote.small)
     shards = [name for name in remote.files if name.endswith(SUFFIX)]
     listed = _listed_shards(folder)
-    return _snapshot(remote, [name for name in shards if listed is None or name in listed] or shards)
+    return [name for name in shards if listed is None or name in listed] or shards
 
 
 def _snapshot(remote: Remote, names: list[str]) -> Path:
