@@ -1,7 +1,8 @@
 """A Hugging Face Hub on the loopback: as much of its HTTP interface as the real client uses to read and to publish.
 
 It keeps what it gets, in memory, and can be told to fail: `hub.fail("POST", "/commit/", 500)` answers the next such
-request with a status, "cut" closes the connection without an answer. `hub.seen` lists every request.
+request with a status, "cut" closes the connection without an answer, "hold" keeps it waiting until the server ends.
+`hub.seen` lists every request.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ class Hub:
         self.large: dict[str, bytes] = {}  # LFS objects by SHA-256
         self.seen: list[tuple[str, str, str | None]] = []  # method, path, Authorization
         self.failures: list[tuple[str, str, int | str]] = []
+        self.held = threading.Event()  # set when a request is kept waiting
+        self.identities: dict[str, str] = {}  # the identity token of a CI job -> the repository it may write to
+        self.ignored: set[str] = set()  # what a .gitignore in the repository matches
         self.before_commit: Any = None  # called with the repository before it takes a commit
 
     def add(self, name: str, files: dict[str, bytes], *, private: bool = False, gated: bool = False) -> Repo:
@@ -67,7 +71,7 @@ class Hub:
         return self.repos[name]
 
     def fail(self, method: str, path: str, how: int | str, times: int = 1) -> None:
-        """Let the next `times` requests whose path has `path` in it fail with a status, or by a "cut" connection."""
+        """Let the next `times` requests whose path has `path` in it fail with a status, be "cut" or put on "hold"."""
         self.failures += [(method, path, how)] * times
 
     def paths(self, method: str) -> list[str]:
@@ -78,12 +82,14 @@ class Hub:
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
+        self.ended = threading.Event()
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ended.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -130,7 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if failure is not None:
                 self.hub.failures.remove(failure)
-                if failure[2] == "cut":
+                if failure[2] == "hold":
+                    self.hub.held.set()
+                    self.hub.ended.wait(60)
+                if failure[2] in ("cut", "hold"):
                     self.close_connection = True
                     self.connection.close()
                     return
@@ -172,6 +181,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Answer(200, {})
         if path == "/api/repos/create":
             self._create(json.loads(body))
+        if path == "/oauth/token":
+            wanted = json.loads(body)
+            if self.hub.identities.get(wanted["subject_token"]) != wanted["resource"]:
+                raise _Answer(400, {"error": "invalid_grant", "error_description": "no trusted publisher matches"})
+            raise _Answer(200, {"access_token": TOKEN, "token_type": "bearer", "expires_in": 3600})
         if path == "/api/validate-yaml":
             self._need_token()
             raise _Answer(200, {"errors": [], "warnings": []})
@@ -256,7 +270,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._commit_of(repo, revision)
         files = json.loads(self.data)["files"]
         modes = [
-            {"path": f["path"], "uploadMode": "lfs" if f["size"] >= LFS_FROM else "regular", "shouldIgnore": False}
+            {
+                "path": f["path"],
+                "uploadMode": "lfs" if f["size"] >= LFS_FROM else "regular",
+                "shouldIgnore": f["path"] in self.hub.ignored,
+            }
             for f in files
         ]
         raise _Answer(200, {"files": modes})

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,6 @@ from hlwq_formats.errors import (
     HubMismatch,
     HubMoved,
     HubRefused,
-    HubUnreadable,
     Usage,
 )
 
@@ -172,7 +172,9 @@ def test_nothing_is_published_after_a_failure(
     if TARGET in hub.repos:
         assert hub.repos[TARGET].main == {".gitattributes": b""} and len(hub.repos[TARGET].refs) == 1
     hub.failures.clear()
+    hub.seen.clear()
     assert publish(bundle(file), tag="v1").changed  # and the next try is all that is needed
+    assert len(hub.paths("PUT")) == (path != "/commit/")  # what had arrived is not sent twice
 
 
 def test_an_answer_that_is_lost(hub: Hub, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +196,21 @@ def test_an_answer_that_is_lost(hub: Hub, file: Path, monkeypatch: pytest.Monkey
     hub.failures.clear()
     outcome = publish(bundle(file), tag="v1")
     assert not outcome.changed and hub.repos[TARGET].refs["refs/tags/v1"] == outcome.commit
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_push(hub: Hub, file: Path, number: signal.Signals) -> None:
+    repo = hub.add(TARGET, {".gitattributes": b""})
+    hub.fail("PUT", "/lfs/", "hold")
+    code = "from hlwq_convert.cli.push import main; main()"
+    command = [sys.executable, "-c", code, str(file), TARGET]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert hub.held.wait(60)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert said.splitlines()[-1] in ("hlwq: interrupted", "hlwq: terminated")
+    assert repo.main == {".gitattributes": b""} and hub.paths("POST")[-1].endswith("/objects/batch")
 
 
 def test_someone_else_commits_meanwhile(hub: Hub, file: Path) -> None:
@@ -221,18 +238,9 @@ def test_what_arrives_is_compared(hub: Hub, file: Path) -> None:
     assert "refs/tags/v1" not in hub.repos[TARGET].refs
 
 
-def test_what_does_not_arrive_is_noticed(hub: Hub, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Hub leaves out what a .gitignore there matches, without a word."""
-    import huggingface_hub._commit_api as client
-
-    real = client._fetch_upload_modes
-
-    def ignore(additions: Any, **options: Any) -> None:
-        real(additions=additions, **options)
-        for addition in additions:
-            addition._should_ignore = addition.path_in_repo == "LICENSE"
-
-    monkeypatch.setattr("huggingface_hub._commit_api._fetch_upload_modes", ignore)
+def test_what_does_not_arrive_is_noticed(hub: Hub, file: Path) -> None:
+    """The client leaves out what a .gitignore on the Hub matches, without a word."""
+    hub.ignored.add("LICENSE")
     with pytest.raises(HubMismatch, match="LICENSE is missing"):
         publish(bundle(file))
 
@@ -306,6 +314,20 @@ def test_without_a_token(hub: Hub, file: Path, monkeypatch: pytest.MonkeyPatch) 
         publish(bundle(file))
 
 
+def test_a_trusted_publisher(hub: Hub, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token is stored: the identity of the CI job is exchanged for one that may write to this repository."""
+    hub.add(TARGET, {".gitattributes": b""})
+    hub.identities["eyJ.identity.of-a-job"] = TARGET
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_OIDC_RESOURCE", TARGET)
+    monkeypatch.setenv("HF_OIDC_ID_TOKEN", "eyJ.identity.of-another")
+    with pytest.raises(HubRefused, match="the Hub answered 400: invalid_grant: no trusted publisher matches"):
+        publish(bundle(file))
+    monkeypatch.setenv("HF_OIDC_ID_TOKEN", "eyJ.identity.of-a-job")
+    assert publish(bundle(file)).changed
+    assert {authorization for _, path, authorization in hub.seen if "/commit/" in path} == {f"Bearer {TOKEN}"}
+
+
 @pytest.mark.parametrize("how", [400, 403, 500])
 def test_no_output_holds_the_token(hub: Hub, file: Path, how: int) -> None:
     """The server's answer has the token in it, and a command to the CI system; --debug shows all there is."""
@@ -367,4 +389,21 @@ def test_items_are_what_was_verified(hub: Hub, file: Path) -> None:
     items = [replace(item, sha256="0" * 64) if item.path == file.name else item for item in made.items]
     with pytest.raises(HubMismatch):
         publish(replace(made, items=items))
-    assert HubUnreadable.exit_status == 66
+
+
+def test_a_real_model(hub: Hub, tmp_path: Path) -> None:
+    """SmolLM2-135M, where the demo has made it: pushed, downloaded, and every tensor loaded with the same bits."""
+    model = Path.home() / ".cache" / "hlwq" / "SmolLM2-135M-Instruct"
+    if not (model / "config.json").exists():
+        pytest.skip("SmolLM2 is not here: scripts/demo makes it")
+    torch = pytest.importorskip("torch")
+    from huggingface_hub import hf_hub_download
+
+    out = tmp_path / "smollm2-5.hlwq"
+    h.convert(model, out)
+    publish(bundle(out, "org/SmolLM2-HLWQ"))
+    fetched = hf_hub_download("org/SmolLM2-HLWQ", out.name)
+    there, here = h.load_state_dict(fetched), h.load_state_dict(out)
+    assert len(there) == 272 and list(there) == list(here)
+    for name, tensor in there.items():
+        assert torch.equal(tensor.view(torch.int16), here[name].view(torch.int16)), name
