@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,6 +100,16 @@ def test_a_hub_that_fails(hub: Hub, model: Path, tmp_path: Path, how: int | str,
     done = run("convert", "org/tiny", tmp_path / "o.hlwq", "-q")
     assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stderr
     assert "org/tiny: " in done.stderr
+
+
+def test_a_full_disk(hub: Hub, model: Path, tmp_path: Path) -> None:
+    """No file may get larger than 50 kB, as on a disk that is full: one line, and no output."""
+    hub.add("org/tiny", model_files(model))
+    limited = f"ulimit -f 50; exec {shlex.quote(sys.executable)} -c 'from hlwq_convert.cli.convert import main; main()'"
+    command = ["bash", "-c", f'{limited} "$@"', "bash", "org/tiny", str(tmp_path / "o.hlwq"), "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (74, 1), done.stderr
+    assert "File too large" in done.stderr and not list(tmp_path.glob("o.hlwq*"))
 
 
 def test_offline_without_the_model(hub: Hub, tmp_path: Path) -> None:

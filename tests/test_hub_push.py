@@ -281,6 +281,10 @@ def test_a_branch(hub: Hub, file: Path) -> None:
     outcome = publish(bundle(file), branch="next")
     assert repo.main == {".gitattributes": b""}
     assert repo.refs["refs/heads/next"] == outcome.commit and file.name in repo.commits[outcome.commit]
+    foreign = hub.add("org/foreign", {"model.safetensors": b"x"})
+    with pytest.raises(ForeignRepo):
+        publish(bundle(file, "org/foreign"), branch="next")
+    assert foreign.refs.keys() == {"refs/heads/main"}  # a branch that would start from it is not made
 
 
 @pytest.mark.parametrize("private", [True, False])

@@ -6,6 +6,7 @@ yet: what is tested is what is asked of it and what is done with its answer.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -107,6 +108,9 @@ def test_the_whole_job(hub: Hub, base: Repo, tmp_path: Path, model: Path) -> Non
     assert json.loads(again.stdout)["state"] == "unchanged" and not (tmp_path / "other").exists()
     assert hub.paths("PUT") == [] and hub.paths("POST") == []
     assert not [path for path in hub.paths("GET") if path.endswith(".safetensors")]
+    # a tag that is missing is set, from what was made before
+    tag = target.refs.pop(f"refs/tags/base-{commit[:12]}")
+    assert do(tmp_path).state == "published" and target.refs[f"refs/tags/base-{commit[:12]}"] == tag
     # the card of the base changed: still nothing
     base.commit({**base.main, "README.md": b"# new words\n"}, "refs/heads/main")
     assert do(tmp_path).state == "unchanged"
@@ -147,17 +151,30 @@ def test_what_was_swapped_is_not_published(
     result = do(tmp_path, JOB + EVALUATION, dry_run=True)
     work = tmp_path / "work"
     path = next(work.glob("tiny-4.*.evaluation.json")) if name == "evaluation" else work / name
+    before = path.read_bytes()
     if name == "tiny-4.hlwq":  # a good file, but another one
-        h.convert(tmp_path / "m" if (tmp_path / "m").exists() else small_model(tmp_path / "m"), path, overwrite=True)
+        h.convert(small_model(tmp_path / "m"), path, overwrite=True)
     else:
-        path.write_bytes(path.read_bytes().replace(b"0.2", b"0.1").replace(b"main", b"next"))
+        path.write_bytes(before.replace(b"0.2", b"0.1").replace(b"tiny-4", b"tiny-5"))
+    assert path.read_bytes() != before
     with pytest.raises(BadDigest, match="handed over"):
-        publish_handed(work, str(result.digest), read_job(tmp_path / "job.toml").target)
+        publish_handed(work, str(result.digest), read_job(tmp_path / "job.toml"))
     assert TARGET not in hub.repos
-    other = read_job(write_job(tmp_path, JOB.replace(TARGET, "org/elsewhere"))).target
-    result = do(tmp_path, JOB + EVALUATION, dry_run=True)
-    with pytest.raises(Usage, match=f"was made for {TARGET}, the job publishes to org/elsewhere"):
-        publish_handed(work, str(result.digest), other)
+
+
+def test_the_side_that_publishes_trusts_its_own_job_file(hub: Hub, base: Repo, tmp_path: Path) -> None:
+    digest = str(do(tmp_path, dry_run=True).digest)
+    work = tmp_path / "work"
+    strict = read_job(write_job(tmp_path, JOB.replace("0.998", "0.9999")))
+    assert publish_handed(work, digest, strict).state == "stopped"
+    other = read_job(write_job(tmp_path, JOB.replace("tiny-4", "other-4")))
+    with pytest.raises(Usage, match="was made by a job with other files"):
+        publish_handed(work, digest, other)
+    for document in (b"[1]", b'{"containers":[{"name":"../job.toml","sha256":""}],"evaluations":[]}'):
+        (work / HANDOVER).write_bytes(document)
+        with pytest.raises(BadDigest, match=r"is no hand-over|job\.toml: is not the file"):
+            publish_handed(work, hashlib.sha256(document).hexdigest(), strict)
+    assert TARGET not in hub.repos
 
 
 @pytest.mark.parametrize("gate", ["min_cosine = 0.9995", 'max_size = "100kB"'])
@@ -244,6 +261,14 @@ def test_a_full_disk_is_noticed_before_anything_is_fetched(
     with pytest.raises(IoFailure, match=r"kB are needed to fetch the model, 10.2 kB are free"):
         do(tmp_path)
     assert not [path for path in hub.paths("GET") if path.endswith(".safetensors")]
+
+
+def test_too_little_memory_to_evaluate(hub: Hub, base: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, monkeypatch)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    with pytest.raises(IoFailure, match=r"the evaluation holds 372.7 kB of weights, this machine has 10.0 kB"):
+        do(tmp_path, JOB + EVALUATION)
+    assert not list((tmp_path / "work").glob("*.hlwq"))
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ class HubRefused(HlwqError):
 
 
 class HubMoved(HlwqError):
-    """Someone else committed between our look at the branch and our commit."""
+    """A branch got a commit between our look at it and our use of what we saw."""
 
     code = 503
     exit_status = 75

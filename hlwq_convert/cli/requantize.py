@@ -44,7 +44,7 @@ def command(
     try:
         with ProgressLine(quiet=quiet) as progress:
             if publish is not None:
-                result = publish_handed(Path(work), publish, job.target)
+                result = publish_handed(Path(work), publish, job)
             else:
                 result = requantize(job, Path(work), progress, dry_run=dry_run)
     except HlwqError as error:

@@ -79,7 +79,7 @@ def make_bundle(files: Sequence[str | os.PathLike[str]], repo: str, evaluations:
             raise Usage(f"{names[0]} and {path.name} are of different models: {escape(differ[0])} differs")
         beside = assets
     for evaluation in evaluations:
-        if not any(container.evaluation is evaluation for container in containers):
+        if not any(container.evaluation == evaluation for container in containers):
             raise BadEvaluation(f"an evaluation of none of these files, but of content {evaluation.content_id[:16]}...")
     base = front_matter(readme)
     report = msgspec.json.encode({"files": [container.inspection for container in containers]})

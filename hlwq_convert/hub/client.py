@@ -54,7 +54,7 @@ def open_api() -> HfApi:
 
 
 def hide_progress() -> None:
-    """No bars of the client on stderr; where that is no terminal it shows none by itself."""
+    """No bars of the client on stderr, which it shows even where that is no terminal."""
     open_api()
     from huggingface_hub.utils import disable_progress_bars
 

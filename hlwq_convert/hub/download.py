@@ -74,7 +74,7 @@ def resolve(repo: str, revision: str | None = None) -> Remote:
     api = open_api()
     with hub_errors(repo):
         info = api.model_info(repo, revision=revision or "main", files_metadata=True)
-    names = {entry.rfilename: entry.size or 0 for entry in info.siblings or [] if _is_wanted(entry.rfilename)}
+    names = {entry.rfilename: entry.size or 0 for entry in info.siblings or [] if is_wanted(entry.rfilename)}
     if info.sha is None or not names:
         raise HubUnreadable("no model: it holds no file that a conversion could read", file=repo)
     return Remote(repo, revision or "main", info.sha, names)
@@ -123,5 +123,6 @@ def is_asset(name: str) -> bool:
     )
 
 
-def _is_wanted(name: str) -> bool:
+def is_wanted(name: str) -> bool:
+    """Whether a conversion could read a file of this name."""
     return is_asset(name) or ("/" not in name and name.endswith((SUFFIX, INDEX_SUFFIX)))

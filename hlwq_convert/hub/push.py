@@ -24,8 +24,10 @@ _MAX_CARD = 1 << 20
 
 @dataclass(frozen=True)
 class Target:
-    """A branch as it was before the push: the commit at its tip, its files, and the commit that the tag has."""
+    """A branch as it was before the push: the commit at its tip (where it is missing, that of main, which it will
+    start from), its files, and the commit that the tag has."""
 
+    is_new: bool
     commit: str
     files: dict[str, RemoteFile]
     tagged: str | None
@@ -57,6 +59,8 @@ def publish(
     with hub_errors(repo, writing=True):
         target = _look(api, repo, branch, tag, private)
         _refuse_foreign(bundle, target, create_pr)
+        if target.is_new:
+            api.create_branch(repo, branch=branch, revision=target.commit)
         commit, changed, url = target.commit, False, f"{api.endpoint}/{repo}/tree/{target.commit}"
         if not _is_there(bundle, target):
             if target.tagged is not None:
@@ -82,7 +86,7 @@ def publish(
 
 
 def _look(api: HfApi, repo: str, branch: str, tag: str | None, private: bool) -> Target:
-    """The branch as it is, made where it is missing."""
+    """The branch as it is; a repository is made where it is missing."""
     from huggingface_hub import errors, get_token
 
     if get_token() is None:
@@ -94,13 +98,12 @@ def _look(api: HfApi, repo: str, branch: str, tag: str | None, private: bool) ->
             raise
         api.create_repo(repo, private=private, exist_ok=True)
     refs = api.list_repo_refs(repo)
-    if branch not in (ref.name for ref in refs.branches):
-        api.create_branch(repo, branch=branch)
-    commit = api.model_info(repo, revision=branch).sha
+    is_new = branch not in (ref.name for ref in refs.branches)
+    commit = api.model_info(repo, revision="main" if is_new else branch).sha
     if commit is None:
         raise HubRefused("the Hub names no commit of the branch", file=repo)
     tagged = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
-    return Target(commit, list_files(repo, commit), tagged)
+    return Target(is_new, commit, list_files(repo, commit), tagged)
 
 
 def _refuse_foreign(bundle: Bundle, target: Target, create_pr: bool) -> None:
@@ -118,14 +121,14 @@ def _refuse_foreign(bundle: Bundle, target: Target, create_pr: bool) -> None:
             f"it holds what this tool did not write: {escape(', '.join(foreign[:3]), 120)}"
             + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""),
             file=bundle.repo,
-            hint="choose another repository or --branch, or propose the change with --create-pr",
+            hint="choose another repository, or propose the change with --create-pr",
         )
     others = sorted(n for n in target.files if n.endswith(SUFFIX) and n not in {c.name for c in bundle.containers})
     if others:
         raise ForeignRepo(
             f"it holds {escape(', '.join(others[:3]), 120)} too, which the new card would not describe",
             file=bundle.repo,
-            hint="push all files together, delete those on the Hub, or choose another --branch",
+            hint="push all files together, delete those on the Hub, or choose another repository",
         )
 
 

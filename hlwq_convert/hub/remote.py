@@ -38,6 +38,12 @@ def list_files(repo: str, revision: str) -> dict[str, RemoteFile]:
     }
 
 
+def list_tags(repo: str) -> set[str | None]:
+    """The names of all tags."""
+    with hub_errors(repo):
+        return {ref.name for ref in open_api().list_repo_refs(repo).tags}
+
+
 def read_range(repo: str, path: str, revision: str, start: int, length: int) -> bytes:
     """`length` bytes of a file from `start`, or fewer at its end; no more is ever read."""
     from huggingface_hub import get_session, hf_hub_url

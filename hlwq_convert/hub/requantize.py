@@ -17,6 +17,7 @@ import msgspec
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadDigest, HlwqError, HubUnreadable, IoFailure, Usage
 from hlwq_formats.files import InputFile
+from hlwq_formats.paths import unsafe_path
 from hlwq_formats.reader import Reader
 
 from .. import __version__, conversion
@@ -27,31 +28,27 @@ from ..report import human_bytes
 from . import evaluate
 from .bundle import CARD, Bundle, hash_file, make_bundle
 from .card import Container
-from .download import Remote, download, find_weights, resolve
+from .download import Remote, download, find_weights, is_wanted, resolve
 from .evaluation import Evaluation, read_evaluation
 from .gates import Check, check
-from .job import Job, Target
+from .job import Job
 from .push import Outcome, publish
-from .remote import list_files, read_container
+from .remote import list_files, list_tags, read_container
 
 HANDOVER = "handover.json"
 Progress = Callable[[str, int, int], None]
 
 
 class HandedFile(msgspec.Struct, frozen=True):
-    """A file of the work folder, and what it must be when it is published."""
+    """A file of the work folder, by its plain name, and what it must be when it is published."""
 
     name: str
     sha256: str
 
 
 class Handover(msgspec.Struct, frozen=True):
-    """All that the publishing side is told; `files` are containers, then evaluations."""
+    """All that the publishing side is told; where to publish and what must be reached it has from its job file."""
 
-    repo: str
-    branch: str
-    tag: str | None
-    private: bool
     containers: list[HandedFile]
     evaluations: list[HandedFile]
 
@@ -115,56 +112,71 @@ def requantize(job: Job, work: Path, progress: Progress, *, dry_run: bool = Fals
     files = [work / f.name for f in job.file]
     bundle = make_bundle(files, job.target.repo, list(evaluations.values()))
     result.warnings += bundle.warnings
-    result.digest = _hand_over(job, remote, bundle, list(evaluations), work)
+    result.digest = _hand_over(bundle, list(evaluations), work)
     result.state = "ready"
-    if dry_run:
-        return result
-    published = publish_handed(work, result.digest, job.target)
-    result.outcome, result.state = published.outcome, published.state
+    if not dry_run:
+        published = publish_handed(work, result.digest, job)
+        result.outcome, result.state = published.outcome, published.state
     return result
 
 
-def publish_handed(work: Path, digest: str, target: Target) -> Result:
+def publish_handed(work: Path, digest: str, job: Job) -> Result:
     """Publish what `requantize` left in a folder, when it is still that: `digest` is of its handover.json.
 
-    The place must be the one of the job file at hand too: the two were read by different jobs.
+    The gates are looked at again, on the files at hand: who converted a stranger's model is not trusted.
     """
     with InputFile(work / HANDOVER) as file:
         document = file.read(0, min(file.size, md.MAX_ASSET))
     if hashlib.sha256(document).hexdigest() != digest:
         raise BadDigest(f"is not the file with the SHA-256 {digest[:16]}... that was handed over", file=HANDOVER)
-    handover = msgspec.json.decode(document, type=Handover)
-    if (handover.repo, handover.branch) != (target.repo, target.branch):
-        raise Usage(f"was made for {handover.repo}, the job publishes to {target.repo}", file=HANDOVER)
+    try:
+        handover = msgspec.json.decode(document, type=Handover)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise BadDigest("is no hand-over", file=HANDOVER) from None
     for handed in [*handover.containers, *handover.evaluations]:
-        if hash_file(work / handed.name) != handed.sha256:
+        if unsafe_path(handed.name) or "/" in handed.name or hash_file(work / handed.name) != handed.sha256:
             raise BadDigest("is not the file that was handed over", file=handed.name)
+    if [handed.name for handed in handover.containers] != sorted(f.name for f in job.file):
+        raise Usage("was made by a job with other files", file=HANDOVER)
     evaluations = [read_evaluation(work / handed.name) for handed in handover.evaluations]
-    bundle = make_bundle([work / handed.name for handed in handover.containers], handover.repo, evaluations)
-    outcome = publish(bundle, branch=handover.branch, tag=handover.tag, private=handover.private)
+    bundle = make_bundle([work / handed.name for handed in handover.containers], job.target.repo, evaluations)
     source = bundle.containers[0].inspection.metadata.source
-    result = Result(str(source.repo), str(source.revision), "published", bundle.containers, warnings=bundle.warnings)
-    result.outcome = outcome
+    commit = str(source.revision)
+    result = Result(str(source.repo), commit, "stopped", bundle.containers, warnings=bundle.warnings)
+    gates = {f.name: f.gates for f in job.file}
+    result.checks = [one for container in bundle.containers for one in check(container, gates[container.name])]
+    if all(one.good for one in result.checks):
+        target = job.target
+        result.outcome = publish(bundle, branch=target.branch, tag=_tag(job, commit), private=target.private)
+        result.state = "published"
     return result
 
 
+def _tag(job: Job, commit: str) -> str | None:
+    """The tag for files made from a commit of the base."""
+    return None if job.target.tag is None else job.target.tag.replace("{commit}", commit[:12])
+
+
 def is_published(job: Job, remote: Remote) -> bool:
-    """Whether the target holds files of this base, made by these options and this version."""
+    """Whether the target holds files of this base, made by these options and this version, and their tag."""
     try:
         files = list_files(job.target.repo, job.target.branch)
     except HubUnreadable:
         return False
+    if any(f.name not in files for f in job.file):
+        return False
+    revisions = set()
     for f in job.file:
-        if f.name not in files:
-            return False
         found = read_container(job.target.repo, files[f.name], job.target.branch)
         if found is None or found.recipe != make_recipe(f.bits, f.recipe, f.set, f.effort):
             return False
         if found.source.repo != remote.repo or found.tool.version != __version__:
             return False
-        if found.source.revision != remote.commit and not _is_same_model(remote, str(found.source.revision)):
-            return False
-    return True
+        revisions.add(str(found.source.revision))
+    if any(revision != remote.commit and not _is_same_model(remote, revision) for revision in revisions):
+        return False
+    tags = {_tag(job, revision) for revision in revisions} - {None}
+    return tags <= list_tags(job.target.repo)
 
 
 def _is_same_model(remote: Remote, earlier: str) -> bool:
@@ -173,8 +185,8 @@ def _is_same_model(remote: Remote, earlier: str) -> bool:
         before, now = list_files(remote.repo, earlier), list_files(remote.repo, remote.commit)
     except HubUnreadable:  # the history was rewritten
         return False
-    names = remote.files.keys() - {CARD}
-    return all(name in before and before[name].blob == now[name].blob for name in names)
+    blobs = [{n: f.blob for n, f in files.items() if is_wanted(n) and n != CARD} for files in (before, now)]
+    return blobs[0] == blobs[1]
 
 
 def _is_made(path: Path, prepared: conversion.Job) -> bool:
@@ -190,17 +202,14 @@ def _is_made(path: Path, prepared: conversion.Job) -> bool:
     return (found.source, found.recipe, found.tool.version) == wanted
 
 
-def _hand_over(job: Job, remote: Remote, bundle: Bundle, evaluations: list[Path], work: Path) -> str:
-    """Write the card, the report and handover.json; the SHA-256 of the last."""
+def _hand_over(bundle: Bundle, evaluations: list[Path], work: Path) -> str:
+    """Write handover.json, and the card and the report to be looked at; the SHA-256 of the first."""
     for item in bundle.items:
         if item.path in (CARD, md.REPORT) and isinstance(item.content, bytes):
             (work / item.path).write_bytes(item.content)
-    tag = job.target.tag.replace("{commit}", remote.commit[:12]) if job.target.tag is not None else None
     containers = [HandedFile(item.path, item.sha256) for item in bundle.items if isinstance(item.content, Path)]
     measured = [HandedFile(path.name, hash_file(path)) for path in sorted(evaluations)]
-    target = job.target
-    handover = Handover(target.repo, target.branch, tag, target.private, containers, measured)
-    document = msgspec.json.encode(handover)
+    document = msgspec.json.encode(Handover(containers, measured))
     (work / HANDOVER).write_bytes(document)
     return hashlib.sha256(document).hexdigest()
 
