@@ -50,7 +50,7 @@ def prepare(
     """Read the headers of a model and decide how each tensor is stored; reads no weights."""
     sets = [sets] if isinstance(sets, str) else list(sets)
     target = make_target(bpw, size, min_bits, max_bits, sensitivity)
-    combined = make_recipe(bits, recipe, sets, effort, None if target is None else str(target))
+    combined = make_recipe(bits, recipe, sets, effort, target)
     if passthrough and (bits is not None or recipe is not None or sets or target is not None):
         raise Usage("--passthrough keeps every tensor as it is: it takes no bits, size, --recipe or --set")
     source = open_source(src, passthrough=passthrough, allow_extra=allow_extra)

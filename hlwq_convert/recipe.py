@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
-import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,6 +14,7 @@ from hlwq_formats.errors import MissingInput, Usage, escape
 from hlwq_formats.files import InputFile
 
 from .scalar import EFFORTS
+from .target import Target, compile_pattern
 
 DEFAULT_BITS = 5
 _MAX_RECIPE = 1 << 20
@@ -43,10 +42,10 @@ def make_recipe(
     recipe: str | None = None,
     sets: Sequence[str] = (),
     effort: str = "default",
-    target: str | None = None,
+    target: Target | None = None,
 ) -> md.Recipe:
     """Combine the options into a recipe; rules of `sets` come last, and the last rule that matches wins. With a
-    `target`, a size in words, what no rule names is coded at a variable rate.
+    `target` what no rule names is coded at a variable rate.
 
     Raises Usage for anything that cannot be meant, MissingInput for a recipe that is not there.
     """
@@ -67,7 +66,11 @@ def make_recipe(
             raise Usage(f"--set {escape(option)}: expected REGEX=BITS or REGEX=raw")
         rules.append(_rule(pattern, value, f"--set {escape(option)}"))
     if target is not None:
-        return md.Recipe(name=None, bits=None, effort=effort, rules=rules, target=target)
+        if len(text := str(target)) > _MAX_PATTERN or any(char < " " or char == "\x7f" for char in text):
+            raise Usage(
+                f"--min-bits and --max-bits: at most {_MAX_PATTERN} characters in all, and no control characters"
+            )
+        return md.Recipe(name=None, bits=None, effort=effort, rules=rules, target=text)
     default = _check_bits(default, "--bits" if name is None else f"recipe {name}: default")
     return md.Recipe(name=name, bits=default, effort=effort, rules=rules)
 
@@ -91,16 +94,6 @@ def _load(recipe: str) -> tuple[str, _RecipeFile]:
         return name, msgspec.convert(tomllib.loads(text), _RecipeFile)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError, RecursionError) as error:
         raise Usage(f"not a recipe: {escape(str(error))}", file=recipe) from None
-
-
-def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
-    """A regular expression of a user; Usage when it is none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", FutureWarning)  # of an expression that will mean something else
-            return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
-        raise Usage(f"{where}: not a regular expression: {escape(str(error))}") from None
 
 
 def _rule(pattern: str, bits: int | str, where: str) -> md.Rule:

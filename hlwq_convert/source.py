@@ -21,7 +21,7 @@ ASSETS = (
 )  # fmt: skip
 """What may travel: names of files that describe a model. Never code, pickles or dot files."""
 
-_FORBIDDEN = (
+FORBIDDEN = (
     ".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".hlwq", ".part", ".journal",
 )  # fmt: skip
 
@@ -84,7 +84,7 @@ def _list_assets(model: ModelDir) -> list[tuple[str, int]]:
         for path in sorted(model.path.glob(pattern)):
             name = path.relative_to(model.path).as_posix()
             if path.is_file() and not name.startswith(".") and not fnmatch.fnmatch(name, "*.index.json"):
-                if name.lower().endswith(_FORBIDDEN):
+                if name.lower().endswith(FORBIDDEN):
                     continue
                 if (problem := unsafe_path(name)) is not None:
                     raise BadModelDir(problem, file=name)

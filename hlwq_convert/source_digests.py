@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from hlwq_formats.errors import BadModelDir, Usage
 from hlwq_formats.safetensors_dir import ModelDir
@@ -21,8 +20,9 @@ def verify_source_digests(model: ModelDir, progress: Callable[[int, int], None])
     """
     done, total = 0, sum(size for _, size in model.files)
     for file, size in model.files:
-        expected = Path(os.path.realpath(model.path / file)).name
-        if not (model.path / file).is_symlink() or not re.fullmatch("[0-9a-f]{64}", expected):
+        link = model.path / file
+        expected = os.path.basename(os.readlink(link)) if link.is_symlink() else ""
+        if not re.fullmatch("[0-9a-f]{64}", expected):
             raise Usage(
                 f"--verify-source: {file} is no link to a blob of the Hugging Face cache: there is no digest of it",
                 hint="convert the snapshot folder in the cache",

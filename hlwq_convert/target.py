@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,8 +15,6 @@ import msgspec
 from hlwq_formats.errors import BadModelDir, Usage, escape
 from hlwq_formats.files import InputFile
 from hlwq_formats.strict_json import parse
-
-from .recipe import compile_pattern
 
 LEAST_BPW, MOST_BPW = 1.5, 8.0
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -44,6 +44,7 @@ class Target:
     most: tuple[Rule, ...] = ()
     sensitivities: tuple[Rule, ...] = ()
     sensitivity_of: dict[str, float] = field(default_factory=dict)  # by name, before any rule
+    sensitivity_file: str | None = None
 
     def bytes_for(self, weights: int) -> int:
         """The size of a file that holds so many weights."""
@@ -56,7 +57,14 @@ class Target:
         return Wish(sensitivity, min(least, most), most)
 
     def __str__(self) -> str:
-        return f"{self.bpw:g} bpw" if self.bpw is not None else f"{self.size} bytes"
+        """The options that say the same; of a file of sensitivities, its name."""
+        words = ["--bpw", f"{self.bpw:g}"] if self.bpw is not None else ["--size", str(self.size)]
+        for option, rules in (("--min-bits", self.least), ("--max-bits", self.most)):
+            for pattern, bits in rules:
+                words += [option, f"{pattern.pattern}={bits:g}"]
+        if self.sensitivity_file is not None:
+            words += ["--sensitivity", self.sensitivity_file]
+        return shlex.join(words)
 
 
 def _last(rules: Sequence[Rule], name: str, default: float) -> float:
@@ -88,6 +96,7 @@ def make_target(
         tuple(_parse_bound("--min-bits", rule) for rule in min_bits),
         tuple(_parse_bound("--max-bits", rule) for rule in max_bits),
         *(((), {}) if sensitivity is None else load_sensitivities(sensitivity)),
+        sensitivity_file=None if sensitivity is None else escape(os.path.basename(os.fspath(sensitivity))),
     )
 
 
@@ -138,3 +147,13 @@ def load_sensitivities(path: str | os.PathLike[str]) -> tuple[tuple[Rule, ...], 
                 raise bad(f'{key}: "{escape(text, 120)}" is {value}, expected {low} to {high}')
     rules = ((compile_pattern(text, f"{name}: {escape(text, 120)}"), s) for text, s in found["rules"].items())
     return tuple(rules), found["tensors"]
+
+
+def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
+    """A regular expression of a user; Usage when it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # of an expression that will mean something else
+            return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
+        raise Usage(f"{where}: not a regular expression: {escape(str(error))}") from None

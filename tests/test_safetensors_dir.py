@@ -557,6 +557,33 @@ def test_cache_blob_that_is_a_link_itself(cache: Path, tmp_path: Path) -> None:
     refused(UnsafePath, "model-00001-of-00003.safetensors: ", "leads out", call=lambda: ModelDir(cache))
 
 
+def share(cache: Path, name: str, store: Path) -> None:
+    """Move the blob behind a file to the store of the whole cache, as huggingface_hub 2 does for Xet files."""
+    blob = cache.parents[1] / "blobs" / os.path.basename(os.readlink(cache / name))
+    store.parent.mkdir(parents=True)
+    blob.rename(store)
+    blob.symlink_to(os.path.relpath(store, blob.parent))
+
+
+def test_cache_blob_in_the_store_of_the_cache(cache: Path) -> None:
+    share(cache, "model-00001-of-00003.safetensors", cache.parents[2] / "blobs" / "ab" / ("ab" * 32))
+    assert read_all(ModelDir(cache), "model.norm.weight") == small_tensors()["model.norm.weight"][2]
+
+
+@pytest.mark.parametrize("place", ["blobs/cd/" + "ab" * 32, "blobs/ab/short", "other/ab/" + "ab" * 32])
+def test_cache_blob_that_leads_past_the_store(cache: Path, place: str) -> None:
+    share(cache, "model-00001-of-00003.safetensors", cache.parents[2] / place)
+    refused(UnsafePath, "model-00001-of-00003.safetensors: ", "leads out", call=lambda: ModelDir(cache))
+
+
+def test_cache_link_straight_into_the_store(cache: Path) -> None:
+    store = cache.parents[2] / "blobs" / "ab" / ("ab" * 32)
+    share(cache, "model-00001-of-00003.safetensors", store)
+    (cache / "model-00001-of-00003.safetensors").unlink()
+    (cache / "model-00001-of-00003.safetensors").symlink_to(store)
+    refused(UnsafePath, "model-00001-of-00003.safetensors: ", "leads out", call=lambda: ModelDir(cache))
+
+
 @pytest.mark.parametrize("name", ["config.json", INDEX])
 def test_other_files_may_not_be_links_out_either(tmp_path: Path, name: str) -> None:
     folder = small_model(tmp_path / "m")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -187,6 +188,13 @@ def in_cache(model: Path, root: Path, *, lie: bool = False) -> Path:
 def test_verify_source(model: Path, tmp_path: Path, run_tool: Run) -> None:
     out = tmp_path / "o.hlwq"
     good = in_cache(model, tmp_path / "good")
+    assert run_tool("convert", good, out, "--verify-source").returncode == 0
+    out.unlink()
+    store = tmp_path / "good" / "blobs" / "ab" / ("ab" * 32)  # which huggingface_hub 2 names by another hash
+    store.parent.mkdir(parents=True)
+    blob = Path(os.path.realpath(good / "model-00001-of-00003.safetensors"))
+    blob.rename(store)
+    blob.symlink_to(store)
     assert run_tool("convert", good, out, "--verify-source").returncode == 0
     out.unlink()
     done = run_tool("convert", in_cache(model, tmp_path / "bad", lie=True), out, "--verify-source")

@@ -276,6 +276,64 @@ class NotAvailable(HlwqError):
     exit_status = 69
 
 
+# --- a model hub ----------------------------------------------------------------------------------
+
+
+class HubUnreadable(HlwqError):
+    """A repository or revision that is not there, or that this token may not read."""
+
+    code = 601
+    exit_status = 66
+
+
+class HubRefused(HlwqError):
+    """The Hub does not let us write: no token, no right to, or a request it rejects."""
+
+    code = 602
+    exit_status = 73
+
+
+class HubMoved(HlwqError):
+    """A branch got a commit between our look at it and our use of what we saw."""
+
+    code = 603
+    exit_status = 75
+
+
+class HubBusy(HlwqError):
+    """The Hub asks for patience."""
+
+    code = 604
+    exit_status = 75
+
+
+class HubFailed(HlwqError):
+    """The Hub failed, or the connection to it."""
+
+    code = 605
+    exit_status = 74
+
+
+class HubMismatch(HlwqError):
+    """What the Hub holds after a push is not what was pushed."""
+
+    code = 606
+    exit_status = 70
+
+
+class ForeignRepo(HlwqError):
+    """A target that holds what this tool did not write."""
+
+    code = 607
+    exit_status = 73
+
+
+class BadEvaluation(BadData):
+    """A document of measurements that cannot be read, or that is of another file."""
+
+    code = 608
+
+
 # --- the caller -----------------------------------------------------------------------------------
 
 

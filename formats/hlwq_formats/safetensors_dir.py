@@ -159,13 +159,12 @@ class ModelDir:
             raise BadModelDir(f"more than {MAX_TENSORS} tensors", file=file)
 
     def _open(self, name: str) -> InputFile:
-        """Open a file of the directory, whose symlinks may lead only to a sibling or to the blobs of the
-        same repository in a Hugging Face cache."""
+        """Open a file of the directory, whose symlinks may lead only to a sibling or to a blob of the Hugging
+        Face cache that the directory is in."""
         path = self.path / name
         if path.is_symlink() or "/" in name:
             target, root = Path(os.path.realpath(path)), Path(os.path.realpath(self.path))
-            in_cache = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
-            if not (in_cache or root in target.parents):
+            if not (root in target.parents or _is_blob(path, target, root)):
                 raise UnsafePath("a symlink leads out of the model directory", file=name)
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
@@ -227,6 +226,24 @@ class ModelDir:
 
     def _bad(self, problem: str, hint: str) -> BadModelDir:
         return BadModelDir(problem, file=str(self.path), hint=hint)
+
+
+def _is_blob(path: Path, target: Path, root: Path) -> bool:
+    """Whether the link `path` in the snapshot `root` leads to a blob of its own repository, or by way of one to the
+    store that all repositories of a cache share: CACHE/blobs/ab/ab12... (huggingface_hub 2, files stored by Xet)."""
+    if root.parent.name != "snapshots":
+        return False
+    blobs, store = root.parents[1] / "blobs", root.parents[2] / "blobs"
+    if target.parent == blobs:
+        return True
+    if not path.is_symlink():
+        return False
+    first = Path(os.path.normpath(os.path.join(os.path.realpath(path.parent), os.readlink(path))))
+    return (
+        first.parent == blobs
+        and re.fullmatch("[0-9a-f]{64}", target.name) is not None
+        and target.parent == store / target.name[:2]
+    )
 
 
 def read_safetensors_header(shard: InputFile, file: str) -> list[SourceTensor]:

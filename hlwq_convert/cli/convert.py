@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ from .common import ProgressLine, common_options, ignore_signals, print_json, pr
 
 
 @click.command()
-@click.argument("model_dir", type=click.Path())
+@click.argument("model", type=click.Path())
 @click.argument("output", type=click.Path())
 @click.option("--bits", "-b", type=click.IntRange(2, 8), help="Bits a weight, 2 to 8.  [default: 5]")
 @click.option("--recipe", metavar="NAME|FILE", help="Bits by tensor: uniform, mixed, or a TOML file.")
@@ -59,21 +60,24 @@ from .common import ProgressLine, common_options, ignore_signals, print_json, pr
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @common_options
 def command(
-    model_dir: str, output: str, as_json: bool, quiet: bool, debug: bool, dry_run: bool, workers: int | None,
+    model: str, output: str, as_json: bool, quiet: bool, debug: bool, dry_run: bool, workers: int | None,
     overwrite: bool, no_resume: bool, nonfinite: Any,
     allow_inside_source: bool, verify_source: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Convert the Hugging Face model in MODEL_DIR into the file OUTPUT.
+    """Convert the Hugging Face model MODEL, a folder or an org/name[@revision] of the Hub, into the file OUTPUT.
 
     Matrices are rotated and quantized; norms, biases, routers and other delicate tensors stay as they are.
     """
     from ..conversion import compile_kernels, run
+    from ..hub.download import local_model
     from ..job import prepare
     from .memory import keep_freed_memory
 
     keep_freed_memory()
     began = time.monotonic()
-    job = prepare(model_dir, **options)
+    with ProgressLine(quiet=quiet) as progress:
+        folder = local_model(model, progress, bars=not quiet and sys.stderr.isatty())
+    job = prepare(folder, **options)
     if verify_source:
         from ..source_digests import verify_source_digests
 

@@ -37,3 +37,17 @@ def run() -> NoReturn:
     from .run import main
 
     main()
+
+
+def push() -> NoReturn:
+    """hlwq-push."""
+    from .push import main
+
+    main()
+
+
+def requantize() -> NoReturn:
+    """hlwq-requantize."""
+    from .requantize import main
+
+    main()

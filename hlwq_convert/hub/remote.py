@@ -1,0 +1,85 @@
+"""What a repository of the Hub holds: its files at the tip of a branch, and what is in a container there."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from hlwq_formats import metadata as md
+from hlwq_formats.errors import BadData, HubFailed, UnsupportedFeature, UnsupportedVersion
+from hlwq_formats.layout import HEADER_LEN, decode_header
+from hlwq_formats.validate import validate
+
+from .client import hub_errors, open_api
+
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository; `sha256` is known of large files alone, `blob` is the SHA-1 that git gives it."""
+
+    path: str
+    size: int
+    sha256: str | None
+    blob: str
+
+
+def list_files(repo: str, revision: str) -> dict[str, RemoteFile]:
+    """All files of a repository at a revision."""
+    from huggingface_hub.hf_api import RepoFile
+
+    with hub_errors(repo):
+        entries = list(open_api().list_repo_tree(repo, revision=revision, recursive=True))
+    return {
+        entry.path: RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+        for entry in entries
+        if isinstance(entry, RepoFile)
+    }
+
+
+def list_tags(repo: str) -> set[str | None]:
+    """The names of all tags."""
+    with hub_errors(repo):
+        return {ref.name for ref in open_api().list_repo_refs(repo).tags}
+
+
+def read_range(repo: str, path: str, revision: str, start: int, length: int) -> bytes:
+    """`length` bytes of a file from `start`, or fewer at its end; no more is ever read."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"}
+    data = bytearray()
+    with (
+        hub_errors(repo),
+        get_session().stream("GET", hf_hub_url(repo, path, revision=revision), headers=headers) as got,
+    ):
+        hf_raise_for_status(got)
+        if got.status_code != 206 and start > 0:
+            raise HubFailed("the Hub sends no ranges", file=f"{repo}/{path}")
+        for piece in got.iter_bytes(_PIECE):
+            data += piece
+            if len(data) >= length:
+                break
+    return bytes(data[:length])
+
+
+def sha256_of(repo: str, file: RemoteFile, revision: str) -> str:
+    """The SHA-256 of a file's content: as the Hub states it of a large file, else of what it sends."""
+    return file.sha256 or hashlib.sha256(read_range(repo, file.path, revision, 0, file.size + 1)).hexdigest()
+
+
+def read_container(repo: str, file: RemoteFile, revision: str) -> md.Metadata | None:
+    """The metadata of a container on the Hub, from two ranges of it; None when it is none that we can read."""
+    name = f"{repo}/{file.path}"
+    try:
+        header = decode_header(read_range(repo, file.path, revision, 0, HEADER_LEN), file.size, name)
+        document = read_range(repo, file.path, revision, header.meta_off, header.meta_len)
+        if hashlib.sha256(document).digest() != header.meta_sha256:
+            return None
+        metadata = md.decode_canonical(document, md.Metadata, header.minor, name)
+        validate(metadata, header.incompat, name)
+    except (BadData, UnsupportedFeature, UnsupportedVersion):
+        return None
+    return metadata
