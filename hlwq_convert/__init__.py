@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .conversion import convert as convert
     from .inspection import inspect as inspect
     from .open_file import OpenFile as open  # noqa: F401, N813
+    from .runtime.kv_cache import QuantizedCache as QuantizedCache
     from .runtime.load import iter_tensors as iter_tensors
     from .runtime.load import load_state_dict as load_state_dict
 
@@ -28,6 +29,7 @@ _LAZY = {
     "open": "open_file.OpenFile",
     "load_state_dict": "runtime.load.load_state_dict",
     "iter_tensors": "runtime.load.iter_tensors",
+    "QuantizedCache": "runtime.kv_cache.QuantizedCache",
     "HlwqError": "hlwq_formats.errors.HlwqError",
 }
 
