@@ -62,7 +62,7 @@ def encode(states: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]
 def decode(codes: torch.Tensor, scales: torch.Tensor, bits: int, out: torch.Tensor) -> None:
     """Decode what `encode` returned into `out`, (batch, heads, tokens, head_dim): float32, rounded to its dtype."""
     for part in _chunks(out.shape, rotation_width(out.shape[-1])):
-        out[:, :, part] = _decode(codes[:, :, part], scales[:, :, part], bits, out.shape[-1])
+        _decode(codes[:, :, part], scales[:, :, part], bits, out[:, :, part])
 
 
 def _chunks(shape: torch.Size, width: int) -> Iterator[slice]:
@@ -95,14 +95,16 @@ def _encode(states: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor
     return _pack(codes, bits).reshape(*shape, -1), scales.reshape(shape)
 
 
-def _decode(codes: torch.Tensor, scales: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
-    *shape, size = codes.shape
-    fours = _unpack_fours(codes.reshape(-1, size), bits)  # (W / 4, rows)
-    values = _table(bits, codes.device)[fours]  # (W / 4, rows, 4), after the passes at distance 1 and 2
-    values = _fwht(values.reshape(len(fours), -1)).reshape(values.shape)
+def _decode(codes: torch.Tensor, scales: torch.Tensor, bits: int, out: torch.Tensor) -> None:
+    fours = _unpack_fours(codes.reshape(-1, codes.shape[-1]), bits)  # (W / 4, rows)
+    groups, rows = fours.shape
+    values = _table(bits, codes.device).index_select(0, fours.reshape(-1))  # after the passes at distance 1 and 2
+    values = _fwht(values.reshape(groups, -1)).reshape(groups, rows, 4)
     values *= scales.reshape(-1).float()[:, None]
-    values *= _signs(4 * len(fours), codes.device).reshape(-1, 1, 4)
-    return values.transpose(0, 1).reshape(*shape, -1)[..., :head_dim]
+    target = out.unflatten(-1, (-1, 4))  # (batch, heads, tokens, head_dim / 4, 4)
+    kept = target.shape[-2]
+    values = values[:kept].transpose(0, 1).reshape(target.shape)
+    torch.mul(values, _signs(4 * groups, codes.device).reshape(-1, 4)[:kept], out=target)
 
 
 def _fwht(columns: torch.Tensor) -> torch.Tensor:
