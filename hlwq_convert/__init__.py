@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .conversion import convert as convert
     from .inspection import inspect as inspect
     from .open_file import OpenFile as open  # noqa: F401, N813
+    from .runtime.kv_cache import QuantizedCache as QuantizedCache
     from .runtime.load import iter_tensors as iter_tensors
     from .runtime.load import load_state_dict as load_state_dict
     from .runtime.model import load_model as load_model
@@ -31,6 +32,7 @@ _LAZY = {
     "load_state_dict": "runtime.load.load_state_dict",
     "iter_tensors": "runtime.load.iter_tensors",
     "load_model": "runtime.model.load_model",
+    "QuantizedCache": "runtime.kv_cache.QuantizedCache",
     "HlwqError": "hlwq_formats.errors.HlwqError",
 }
 
