@@ -214,7 +214,7 @@ _STRIDE = SEGMENT + 16  # segments a power of two apart would share the same few
 
 @kernel
 def _decode(
-    words: Any, end: int, first: int, n_blocks: int, h0: int, h1: int, frequencies: Any, starts: Any, symbols: Any,
+    words: Any, end: int, first: int, n_blocks: int, h0: int, h1: int, width: int, spans: Any, symbols: Any,
     escapes: Any, scales: Any, row: int, signs: Any, kind: int, result: Any, last: Any,
 ) -> bool:  # fmt: skip
     """Decode a chunk, weights from flat index `first`: all blocks but the last to `result`, that one to `last`."""
@@ -234,7 +234,7 @@ def _decode(
         lanes = min(LANES, segments - group)
         count = min(LANES * SEGMENT, n_blocks * 128 - group * SEGMENT)
         position = decode_group(
-            words, position, end, states, lanes, count, h0, h1, frequencies, starts, symbols, escapes, values, _STRIDE
+            words, position, end, states, lanes, count, h0, h1, width, spans, symbols, escapes, values, _STRIDE
         )
         if position > end:
             return False
@@ -263,7 +263,7 @@ def decoder(code: TrellisCode, dtype: str) -> Decoder:
     bit patterns of `dtype`. It returns False for a chunk that is not what an encoder writes.
     """
     tables = KernelTables(code.pairs)
-    settings = (*rans.taps(code.states), tables.frequencies, tables.starts, tables.symbols, tables.escapes)
+    settings = (*rans.taps(code.states), tables.width, tables.spans, tables.symbols, tables.escapes)
     scales = code.unit * scale_values(code.row_scales)
 
     def decode(chunk: bytes, first: int, result: NDArray[np.unsignedinteger]) -> bool:
