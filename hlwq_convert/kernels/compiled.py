@@ -17,8 +17,11 @@ from typing import Any
 import numba
 from numba.core import config
 
+from hlwq_formats import rans
+
 _PACKAGE = Path(__file__).parent
-_SOURCES = (*sorted(_PACKAGE.glob("*.py")), _PACKAGE.parent / "scalar.py")
+_CONSTANTS = (_PACKAGE.parent / "scalar.py", _PACKAGE.parent / "trellis.py", Path(rans.__file__))
+_SOURCES = (*sorted(_PACKAGE.glob("*.py")), *_CONSTANTS)
 
 
 def _cache_folder() -> str | None:

@@ -66,7 +66,7 @@ def _encode(indices: Any, width: int, spans: Any, escapes: Any, words: Any) -> i
                 frequency = span & np.uint32(0xFFFF)
                 full = np.uint64(state) >= np.uint64(frequency) << np.uint64(32 - PRECISION)
                 words[position - 1] = state & np.uint32(0xFFFF)  # kept if the state is full
-                position -= np.int64(full)
+                position -= int(full)
                 state = state >> np.uint32(16) if full else state
                 if symbol >= last:
                     position -= 1
@@ -113,7 +113,7 @@ def decode_group(
             word = np.uint32(words[np.uint64(position)])
             empty = state < np.uint32(LOWEST)
             states[lane] = (state << np.uint32(16)) | word if empty else state
-            position += np.int64(empty)
+            position += int(empty)
             k = np.int32(symbol >> one) ^ -np.int32(symbol & one)
             values[lane * stride + t] = np.float32(2 * k + np.int32(parity))
             trellis[lane] = (at >> one) ^ (parity * np.uint32(h0)) ^ ((np.uint32(k) & one) * np.uint32(h1))

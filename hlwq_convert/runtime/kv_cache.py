@@ -60,7 +60,7 @@ def _quantized(layer: Any, bits: int, window: int) -> Any:
     raise Usage(f"this model has cache layers of the kind {type(layer).__name__}, which cannot be quantized")
 
 
-class QuantizedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class QuantizedLayer(CacheLayerMixin):
     """The cache of one attention layer; with `sliding_window`, of the last `sliding_window - 1` tokens and those that
     came since a multiple of FLUSH."""
 
