@@ -25,7 +25,8 @@ from .source import Source
 TOLERANCE = 0.002
 """How much smaller than asked for a file of variable rate may be; it is never larger."""
 
-_TRIES = 4
+_EXACT_TRIES, _TRIES = 3, 8
+_GRAIN = 512  # bytes; sections begin at multiples of 64, and the metadata has more digits or fewer
 
 
 def convert(
@@ -112,18 +113,18 @@ def _hit_size(
     """Convert with the steps that samples suggest; should the file miss its size, once more with others."""
     assert job.target is not None
     most = wanted = job.target.bytes_for(weights_of(job, planning.aliases))
-    least = most - int(most * TOLERANCE)
-    for last in (False,) * (_TRIES - 1) + (True,):
+    least = most - max(int(most * TOLERANCE), _GRAIN)
+    for number in range(_TRIES):
         if progress is not None:
             progress("choosing steps", 0, 0)
         choices, symbols = find_steps(job, planning.choices, planning.aliases, wanted, pool)
-        chosen = Planning(choices, planning.aliases, symbols, 0 if last else least, most)
+        chosen = Planning(choices, planning.aliases, symbols, least if number < _EXACT_TRIES else 0, most)
         try:
             return assemble(job, out, chosen, settings, pool, progress)
         except MissedSize as missed:
-            if last:
-                break
             wanted -= missed.size - (most + least) // 2
+            if number >= _EXACT_TRIES:
+                wanted -= number * _GRAIN  # never larger matters more than not much smaller
     raise Internal(f"the file cannot be brought to {most} bytes", file=os.fspath(out))
 
 
