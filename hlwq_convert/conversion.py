@@ -169,6 +169,8 @@ def check_output_place(out: str | os.PathLike[str], source: Source, *, allow_ins
 def merge_choices(choices: dict[str, Choice], aliases: dict[str, str]) -> dict[str, Choice]:
     """Give each tensor that stands for others the most bits that any of them asks for; raw is the most, and any width
     that was asked for more than a rate that nobody asked for."""
+    if not aliases:
+        return choices
     merged = dict(choices)
     for name, target in aliases.items():
         merged[target] = max(merged[target], choices[name], key=lambda c: 99 if c.encoding == "raw" else c.bits or 0)

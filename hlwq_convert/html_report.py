@@ -42,6 +42,7 @@ def write_page(path: str | os.PathLike[str], page: bytes, *, overwrite: bool) ->
     """Write a page whole or not at all; CannotCreate (73) where something is, unless `overwrite`."""
     file = AtomicFile(path, overwrite=overwrite)
     try:
+        file.begin()
         file.write(0, page)
         file.sync(len(page))
         file.publish()

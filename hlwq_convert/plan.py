@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,23 +85,27 @@ def _impossible(tensor: SourceTensor) -> str | None:
     return None
 
 
+_shared = functools.cache(Choice)
+"""Most tensors of a model are stored for one of a few reasons: they share the object that says so."""
+
+
 def _default_choice(tensor: SourceTensor, bits: int | None) -> Choice:
     """What happens to a tensor that no rule names, at `bits` or, when that is None, at a variable rate."""
     for pattern, why in _DELICATE:
         if tensor.dtype in WEIGHT_DTYPES and pattern.search(tensor.name):
-            return Choice(None, why)
+            return _shared(None, why)
     if (impossible := _impossible(tensor)) is not None:
-        return Choice(None, impossible)
+        return _shared(None, impossible)
     rank = len(tensor.shape)
     if rank > 3:
-        return Choice(None, f"{rank}-D")
+        return _shared(None, f"{rank}-D")
     if rank == 3 and tensor.shape[-1] < _MIN_EXPERT_COLUMNS:
-        return Choice(None, f"3-D with under {_MIN_EXPERT_COLUMNS} columns")
+        return _shared(None, f"3-D with under {_MIN_EXPERT_COLUMNS} columns")
     if bits is None:
-        return Choice(None, "default", 0.0)
+        return _shared(None, "default", 0.0)
     if _EMBEDDING.search(tensor.name) and bits < EMBEDDING_BITS:
-        return Choice(EMBEDDING_BITS, "embedding floor")
-    return Choice(bits, "default")
+        return _shared(EMBEDDING_BITS, "embedding floor")
+    return _shared(bits, "default")
 
 
 def _useless(rule: md.Rule, names: list[str], choices: dict[str, Choice]) -> Usage:

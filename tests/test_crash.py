@@ -23,7 +23,6 @@ from crash_harness import MODES, Died, Fault, check, finish, injected, memory_fo
 
 import hlwq_convert as h
 from hlwq_convert import journal, store
-from hlwq_convert.quantize import EncodedChunk
 from hlwq_formats.errors import HlwqError, IoFailure
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -240,18 +239,18 @@ def test_an_interrupt_keeps_what_a_checkpoint_had_secured(
     source: Path, new: bytes, out: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "CHECKPOINT_SECONDS", 0)
-    honest = store._write_scalar
+    honest = store._write_quantized
 
-    def interrupt_at_the_last(run: store.Run, of: store.Surveyed, pieces: object) -> object:
+    def interrupt_at_the_last(run: store.Run, of: store.Surveyed, code: object, pieces: object) -> object:
         if of.tensor.name == "z.weight":
             raise KeyboardInterrupt
-        return honest(run, of, pieces)  # type: ignore[arg-type]
+        return honest(run, of, code, pieces)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(store, "_write_scalar", interrupt_at_the_last)
+    monkeypatch.setattr(store, "_write_quantized", interrupt_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         h.convert(source, out)
     assert sorted(path.name for path in out.parent.iterdir()) == ["o.hlwq.part", "o.hlwq.part.journal"]
-    monkeypatch.setattr(store, "_write_scalar", honest)
+    monkeypatch.setattr(store, "_write_quantized", honest)
     encoded.clear()
     h.convert(source, out)
     assert encoded == ["z.weight"]
@@ -261,10 +260,10 @@ def test_an_interrupt_keeps_what_a_checkpoint_had_secured(
 def test_a_failure_leaves_nothing_to_resume(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "CHECKPOINT_SECONDS", 0)
 
-    def not_finite(chunk: EncodedChunk) -> bool:
+    def fail(sums: object) -> bool:
         raise IoFailure("planted")
 
-    monkeypatch.setattr(EncodedChunk, "finite", property(not_finite))
+    monkeypatch.setattr(store, "all_finite", fail)
     with pytest.raises(IoFailure, match="planted"):
         h.convert(source, out)
     assert list(out.parent.iterdir()) == []
