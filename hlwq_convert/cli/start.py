@@ -30,3 +30,10 @@ def inspect() -> NoReturn:
     from .inspect import main
 
     main()
+
+
+def evaluate() -> NoReturn:
+    """hlwq-eval."""
+    from .eval import main
+
+    main()
