@@ -71,11 +71,12 @@ def score(model: Any, windows: NDArray[np.int64], reference: Reference, progress
         log_p_rest, log_q_rest = log_rest[rows].double(), _rest(log_q, chosen)[1].cpu().double()
         p = log_p[rows].double()
         divergence = (p.exp() * (p - log_q.gather(1, chosen).cpu().double())).sum(1)
+        outside = log_p_rest - log_q_rest
         if drawn.shape[1]:
             log_q_drawn = log_q.gather(1, drawn).cpu().double() - log_q_rest[:, None]
             log_r = log_q_drawn - (log_s[rows].double() - log_p_rest[:, None])
-            inside = (log_r.exp() - 1 - log_r).mean(1)
-            divergence += log_p_rest.exp() * (log_p_rest - log_q_rest + inside)
+            outside += (log_r.exp() - 1 - log_r).mean(1)
+        divergence += torch.where(log_p_rest == -torch.inf, 0, log_p_rest.exp() * outside)  # none outside
         kl.append(divergence.clamp(min=0))  # rounding can take what is nearly 0 below it
         agree.append((log_q.argmax(1) == chosen[:, 0]).cpu())
         nll.append(-log_q.gather(1, targets[:, None])[:, 0].cpu().double())
