@@ -283,7 +283,7 @@ def test_a_measurement_is_continued_only_with_the_same_settings(tmp_path: Path) 
     path = tmp_path / "s.json"
     assert continue_sensitivity(path, {}) == {}
     document = summarise(weights, measured(weights, slope), {"source": "a", "noise": "b"})
-    write_sensitivity(path, document, overwrite=False)
+    write_sensitivity(path, document)
     assert continue_sensitivity(path, {"source": "a", "noise": "b"}) == document.measured
     content = json.loads(path.read_text())
     assert content["version"] == 1 and content["tensors"] == pytest.approx(document.tensors)
@@ -304,7 +304,7 @@ def test_a_measurement_is_continued_only_with_the_same_settings(tmp_path: Path) 
 def test_another_file_in_its_place_is_not_replaced(tmp_path: Path, damage: Callable[[str], str]) -> None:
     weights, slope = random_tensors(count=2)
     path = tmp_path / "s.json"
-    write_sensitivity(path, summarise(weights, measured(weights, slope), {}), overwrite=False)
+    write_sensitivity(path, summarise(weights, measured(weights, slope), {}))
     path.write_text(changed := damage(path.read_text()))
     with pytest.raises(CannotCreate, match="choose another output or pass --overwrite"):
         continue_sensitivity(path, {})

@@ -121,10 +121,10 @@ def _van_der_corput(number: int) -> float:
     return result
 
 
-def write_sensitivity(path: str | os.PathLike[str], document: Sensitivity, *, overwrite: bool) -> None:
-    """Write the document, whole or not at all."""
+def write_sensitivity(path: str | os.PathLike[str], document: Sensitivity) -> None:
+    """Write the document, whole or not at all, in place of an earlier one."""
     content = msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n"
-    write_whole(path, content, overwrite=overwrite)
+    write_whole(path, content, overwrite=True)
 
 
 def continue_sensitivity(path: str | os.PathLike[str], settings: dict[str, str]) -> dict[str, Measured]:

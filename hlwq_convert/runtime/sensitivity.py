@@ -45,7 +45,7 @@ def measure_sensitivity(
         stored = [t for t in reader.metadata.tensors if not isinstance(t, md.RawTensor | md.AliasTensor)]
         weights = {tensor.name: numel(tensor.shape) for tensor in stored}
         document = summarise(weights, measured, settings)
-        write_sensitivity(output, document, overwrite=overwrite or bool(measured))
+        write_sensitivity(output, document)
         model = source_model(ground.source, ground.dtype, ground.device)
         began = time.monotonic()
         for name in measuring_order(weights):
@@ -54,7 +54,7 @@ def measure_sensitivity(
                     break
                 measured[name] = _measure(model, reader, name, ground)
                 document = summarise(weights, measured, settings)
-                write_sensitivity(output, document, overwrite=True)
+                write_sensitivity(output, document)
             progress(len(measured), len(weights))
     return document
 
