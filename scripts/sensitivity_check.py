@@ -4,8 +4,8 @@
     python scripts/sensitivity_check.py recipe SENSITIVITY.json MODEL_DIR --bits 5 > recipe.toml
 
 `compare` measures two files of about one size. `recipe` rounds the widths that the sensitivities ask for to whole bits,
-2 to 8, so that the mean over these tensors is at most --bits: a test with scalar codes, which cannot follow fractions of
-a bit as the trellis can.
+2 to 8, so that the mean over these tensors is at most --bits: a test with scalar codes, which cannot follow
+fractions of a bit as the trellis can.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def main() -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    command = ["hlwq-eval", options.plain, options.weighted, "--against", options.model_dir, "--json"]
-    command += ["--ctx", options.ctx, "--windows", options.windows]
+    arguments = [options.plain, options.weighted, "--against", options.model_dir, "--json"]
+    arguments += ["--ctx", options.ctx, "--windows", options.windows]
     code = "from hlwq_convert.cli.eval import main; main()"
-    result = subprocess.run([sys.executable, "-c", code, *command[1:]], stdout=subprocess.PIPE, check=True)
+    result = subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, check=True)
     plain, weighted = json.loads(result.stdout)["entries"][1:]
     for entry in (plain, weighted):
         q, interval = entry["quality"], entry["quality"]["kl_interval"]
