@@ -135,10 +135,12 @@ def print_warnings(messages: list[str], *, quiet: bool) -> None:
 
 
 class ProgressLine:
-    """Bytes done, rate and time left on stderr: a bar in a terminal, else a line every ten seconds."""
+    """Bytes (or what `unit` counts) done, rate and time left on stderr: a bar in a terminal, else a line every ten
+    seconds."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, unit: str = "bytes") -> None:
         self._quiet = quiet
+        self._unit = unit
         self._stage = ""
         self._began = self._said = time.monotonic()
         self._bar: Any = None
@@ -161,16 +163,15 @@ class ProgressLine:
             self._said = now
             rate = done / (now - self._began)
             left = (total - done) / rate if rate else 0
-            print(
-                f"hlwq: {stage} {100 * done // max(total, 1)} %, {rate / 1e6:.0f} MB/s, {left:.0f} s left",
-                file=sys.stderr,
-            )
+            speed = f"{rate / 1e6:.0f} MB/s" if self._unit == "bytes" else f"{rate:.3g} {self._unit}/s"
+            print(f"hlwq: {stage} {100 * done // max(total, 1)} %, {speed}, {left:.0f} s left", file=sys.stderr)
 
     def _start_bar(self, stage: str, total: int) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
             DownloadColumn,
+            MofNCompleteColumn,
             Progress,
             TextColumn,
             TimeRemainingColumn,
@@ -181,8 +182,7 @@ class ProgressLine:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
+                *((DownloadColumn(), TransferSpeedColumn()) if self._unit == "bytes" else (MofNCompleteColumn(),)),
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)

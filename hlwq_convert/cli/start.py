@@ -51,3 +51,10 @@ def requantize() -> NoReturn:
     from .requantize import main
 
     main()
+
+
+def evaluate() -> NoReturn:
+    """hlwq-eval."""
+    from .eval import main
+
+    main()

@@ -1,0 +1,1 @@
+"""What a conversion did to a model's predictions: statistics, caches, tables and pictures, without torch."""
