@@ -78,8 +78,10 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *, kl: float = 0.01,
         f"open({str(calls)!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
         "arguments = dict(zip(sys.argv[2::2], sys.argv[3::2]))\n"
         f"content = {content!r} or h.inspect(sys.argv[1]).content_id\n"
-        "print(json.dumps({'content_id': content, 'text': 'a stormy night', 'ctx': int(arguments['--ctx']),"
-        f" 'perplexity': 12.5, 'perplexity_ratio': 1.004, 'kl_mean': {kl}, 'kl_p99': 0.2, 'more': [1]}}))\n"
+        f"quality = {{'perplexity': 12.5, 'perplexity_ratio': 1.004, 'kl_mean': {kl}, 'kl_p99': 0.2, 'more': [1]}}\n"
+        "source = {'kind': 'source', 'quality': quality}\n"
+        "entries = [source, {'kind': 'hlwq', 'content_id': content, 'quality': quality}]\n"
+        "print(json.dumps({'text': 'a stormy night', 'ctx': int(arguments['--ctx']), 'entries': entries}))\n"
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")

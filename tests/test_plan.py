@@ -539,7 +539,7 @@ def test_a_dry_run_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_convert_is_a_function_after_its_module_was_imported() -> None:
-    code = "from hlwq_convert.conversion import prepare; import hlwq_convert as h; assert callable(h.convert)"
+    code = "from hlwq_convert.conversion import run; import hlwq_convert as h; assert callable(h.convert)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 

@@ -17,6 +17,7 @@ class Entry(msgspec.Struct, frozen=True):
     bytes: int
     bpw: float  # of all weights, with everything that is stored
     quality: Quality
+    content_id: str | None = None  # of a file
 
 
 class Missing(msgspec.Struct, frozen=True):

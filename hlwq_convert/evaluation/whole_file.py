@@ -11,6 +11,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes | memoryview, *, ov
     """Write `content` to `path`. Raises what AtomicFile raises: CannotCreate (73), IoFailure (74), Locked (75)."""
     file = AtomicFile(path, overwrite=overwrite)
     try:
+        file.begin()
         file.write(0, content)
         file.sync(len(content))
         file.publish()

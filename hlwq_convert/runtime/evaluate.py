@@ -110,16 +110,16 @@ def evaluate(
         right = answer(model, ground.tokenizer, tasks)
         del model
 
-    def measure(model: Any, name: str, kind: Any, size: int, bpw: float) -> None:
+    def measure(model: Any, name: str, kind: Any, size: int, bpw: float, content_id: str | None = None) -> None:
         stage = f"{escape(name, 60)} ({len(entries)} of {len(files) + peers * len(PEERS)})"
         scores = score(model, ground.windows, ground.reference, lambda done, total: progress(stage, done, total))
-        entries.append(Entry(name, kind, size, bpw, quality(scores, ground.reference.nll)))
+        entries.append(Entry(name, kind, size, bpw, quality(scores, ground.reference.nll), content_id))
         if tasks:
             scored.extend(compare(name, answer(model, ground.tokenizer, tasks), right))
 
     for file, inspection in zip(files, inspections, strict=True):
         model = file_model(file, ground.source, ground.dtype, ground.device)
-        measure(model, printable(file), "hlwq", inspection.file_bytes, inspection.bpw or 0)
+        measure(model, printable(file), "hlwq", inspection.file_bytes, inspection.bpw or 0, inspection.content_id)
         del model
     for peer in PEERS if peers else ():
         model = source_model(ground.source, ground.dtype, ground.device)
