@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Literal
 import msgspec
 
 from hlwq_formats import metadata as md
-from hlwq_formats.errors import BadModelDir, CannotCreate, HlwqError, Usage, escape
+from hlwq_formats.errors import BadModelDir, CannotCreate, HlwqError, NoDevice, Usage, escape
 from hlwq_formats.layout import MAX_METADATA, scalar_lengths
 from hlwq_formats.reader import Reader
 from hlwq_formats.safetensors_dir import SourceTensor
@@ -34,6 +35,7 @@ from .scalar import Effort
 from .self_check import self_check
 from .source import Source, open_source
 from .store import Run, write_tensors
+from .survey import MakeEncoder
 
 _MANY = 50_000
 
@@ -104,6 +106,7 @@ def convert(
     passthrough: bool = False,
     allow_extra: bool = False,
     allow_inside_source: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Inspection:
     """Convert a Hugging Face model directory into one .hlwq file and return what is in it.
@@ -111,12 +114,13 @@ def convert(
     `bits` (2..8, default 5) or `recipe`, and `sets` ("REGEX=BITS" or "REGEX=raw"), choose the width of each
     tensor. The file appears whole or not at all, and its bytes depend on the model, these options and the
     versions alone. A conversion that was killed or interrupted is continued, unless `resume` is False.
+    `device` "cuda" (all GPUs) or "cuda:N" encodes on GPUs: the same bytes; needs the extra torch with CUDA.
     Raises an HlwqError for everything that can go wrong.
     """
     job = prepare(src, bits, recipe=recipe, sets=sets, effort=effort, passthrough=passthrough, allow_extra=allow_extra)
     return run(
         job, out, workers=workers, overwrite=overwrite, resume=resume, nonfinite=nonfinite,
-        allow_inside_source=allow_inside_source, progress=progress,
+        allow_inside_source=allow_inside_source, device=device, progress=progress,
     )  # fmt: skip
 
 
@@ -129,6 +133,7 @@ def run(
     resume: bool = True,
     nonfinite: Literal["error", "raw"] = "error",
     allow_inside_source: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Inspection:
     """Carry out a prepared conversion; warnings are added to `job.warnings`."""
@@ -137,6 +142,7 @@ def run(
     if workers is not None and (type(workers) is not int or workers < 1):
         raise Usage(f"workers is {escape(str(workers))}, expected 1 or more")
     source, model = job.source, job.source.model
+    make_encoder = choose_encoder(device)
     check_output_place(out, source, allow_inside_source=allow_inside_source)
     workers = workers or default_workers()
     compile_kernels(job, progress)
@@ -146,7 +152,7 @@ def run(
         ThreadPoolExecutor(workers, "hlwq") as pool,
     ):
         step = _stepper(progress, "converting", total)
-        run = Run(model, writer, pool, workers, job.recipe.effort, nonfinite, step, job.warnings)
+        run = Run(model, writer, pool, workers, job.recipe.effort, nonfinite, make_encoder, step, job.warnings)
         aliases = find_duplicates(model, source.tensors)
         job.warnings.extend(tie_warnings(job, aliases))
         choices = merge_choices(job.choices, aliases)
@@ -231,6 +237,23 @@ def compile_kernels(job: Job, progress: Progress | None = None) -> float:
         return warm_up(sorted(codes))
     finally:
         notice.cancel()
+
+
+def choose_encoder(device: str) -> MakeEncoder:
+    """What encodes on `device`: "cpu", "cuda" or "cuda:N". Raises NoDevice (69) where there is none."""
+    if device == "cpu":
+        from .kernels.encode import encoder
+
+        return encoder
+    if re.fullmatch(r"cuda(:\d{1,3})?", device) is None:
+        raise Usage(f"device is {escape(device)}, expected cpu, cuda or cuda:N")
+    try:
+        from .runtime.gpu import make_encoders
+    except ImportError:
+        raise NoDevice(
+            f"device {device} needs torch", hint="install hlwq-convert[torch] or leave out --device"
+        ) from None
+    return make_encoders(device)
 
 
 def _ignore(stage: str, done: int, total: int) -> None:

@@ -23,7 +23,7 @@ from .parallel import call, ordered_map
 from .plan import Choice
 from .quantize import CHUNK, EncodedChunk
 from .scalar import Effort
-from .survey import Surveyed, survey
+from .survey import MakeEncoder, Surveyed, survey
 
 _RAW_PIECE = 4 << 20
 _MOSTLY = 0.999
@@ -39,6 +39,7 @@ class Run:
     workers: int
     effort: Effort
     nonfinite: str
+    make_encoder: MakeEncoder
     step: Callable[[int], None]
     warnings: list[str]
     report: list[TensorReport] = field(default_factory=list)
@@ -63,7 +64,7 @@ def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Choice]]) -> I
     """Store tensors in the given order and yield their entries."""
 
     def look(item: tuple[SourceTensor, Choice]) -> Surveyed:
-        return survey(run.model, *item, run.effort, run.nonfinite, run.stop)
+        return survey(run.model, *item, run.effort, run.nonfinite, run.stop, run.make_encoder)
 
     surveyed = ordered_map(run.pool, 2 * run.workers + 2, look, tensors)
     tasks = (partial(_read_piece, run.model, of, *place) for of in surveyed for place in _places(of))

@@ -39,20 +39,24 @@ class Surveyed:
     zeros: int = 0
 
 
+MakeEncoder = Callable[[ScalarCode], Callable[[bytes], EncodedChunk]]
+"""kernels.encode.encoder, or its like for another device."""
+
+
 class Stopped(Exception):
     """The conversion ended while a survey ran."""
 
 
 def survey(
-    model: ModelDir, tensor: SourceTensor, choice: Choice, effort: Effort, nonfinite: str, stop: threading.Event
-) -> Surveyed:
+    model: ModelDir, tensor: SourceTensor, choice: Choice, effort: Effort, nonfinite: str, stop: threading.Event,
+    make_encoder: MakeEncoder,
+) -> Surveyed:  # fmt: skip
     """Read a tensor that is to be quantized and choose its code; a raw one is not read.
 
     Raises NonFinite (65) for NaN or infinity, unless `nonfinite` is "raw": then the tensor stays raw.
     """
     if choice.bits is None:
         return Surveyed(tensor, choice.reason)
-    from .kernels.encode import encoder
     from .kernels.fit import fit
     from .kernels.survey import survey_weights
 
@@ -68,7 +72,7 @@ def survey(
     exponent, signs = choose_exponent(largest), sign_vector()
     levels = fit(_sample(model, tensor), tensor.dtype, exponent, signs, choice.bits)
     code = ScalarCode(tensor.dtype, choice.bits, exponent, levels, signs, effort)
-    return Surveyed(tensor, choice.reason, digest.hexdigest(), code, encoder(code), zeros)
+    return Surveyed(tensor, choice.reason, digest.hexdigest(), code, make_encoder(code), zeros)
 
 
 def _pieces(tensor: SourceTensor) -> list[tuple[int, int]]:

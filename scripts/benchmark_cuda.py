@@ -9,25 +9,17 @@ bytes written), a copy from host memory for loading, and reading plus writing on
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-import triton
-from benchmark_model import qwen_shapes, write_model
-from benchmark_report import number, table
 
 from hlwq_convert.normal_levels import normal_levels
 from hlwq_convert.quantize import ScalarCode, choose_exponent
 from hlwq_convert.rotate import sign_vector
-from hlwq_convert.runtime.gpu import find_devices
 from hlwq_convert.runtime.launch import OWN, DeviceCode, DeviceEncoder
 
 ROUNDS = 20

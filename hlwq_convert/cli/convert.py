@@ -32,6 +32,7 @@ from .common import ProgressLine, common_options, print_json, print_warnings, ru
     help="fast skips the search for block scales.",
 )
 @click.option("--workers", "-j", type=click.IntRange(1), help="Threads.  [default: the CPUs this process may use]")
+@click.option("--device", default="cpu", metavar="DEVICE", help="cpu, cuda (all GPUs) or cuda:N; the same bytes.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
 @click.option("--no-resume", is_flag=True, help="Begin anew instead of continuing an interrupted conversion.")
 @click.option(
@@ -51,18 +52,19 @@ from .common import ProgressLine, common_options, print_json, print_warnings, ru
 @common_options
 def command(
     model_dir: str, output: str, as_json: bool, quiet: bool, debug: bool, dry_run: bool, workers: int | None,
-    overwrite: bool, no_resume: bool, nonfinite: Any,
+    device: str, overwrite: bool, no_resume: bool, nonfinite: Any,
     allow_inside_source: bool, verify_source: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Convert the Hugging Face model in MODEL_DIR into the file OUTPUT.
 
     Matrices are rotated and quantized; norms, biases, routers and other delicate tensors stay as they are.
     """
-    from ..conversion import compile_kernels, prepare, run
+    from ..conversion import choose_encoder, compile_kernels, prepare, run
     from .memory import keep_freed_memory
 
     keep_freed_memory()
     began = time.monotonic()
+    choose_encoder(device)  # before anything is read
     job = prepare(model_dir, **options)
     if verify_source:
         from ..source_digests import verify_source_digests
@@ -76,7 +78,7 @@ def command(
         compiling = compile_kernels(job, progress)
         inspection = run(
             job, output, workers=workers, overwrite=overwrite, resume=not no_resume, nonfinite=nonfinite,
-            allow_inside_source=allow_inside_source, progress=progress,
+            allow_inside_source=allow_inside_source, device=device, progress=progress,
         )  # fmt: skip
     seconds = time.monotonic() - began - compiling
     print_warnings(inspection.warnings, quiet=quiet)

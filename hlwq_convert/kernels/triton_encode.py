@@ -105,7 +105,9 @@ def encode_blocks(
     out = pack(codes, bits)
     part_of_block = tl.program_id(0).to(tl.int64) * (4 * rows) + tl.arange(0, 4 * rows)
     for w in tl.static_range(bits):
-        tl.store(packed + part_of_block * bits + w, out[w].to(tl.int32, bitcast=True), mask=part_of_block < 4 * n_blocks)
+        tl.store(
+            packed + part_of_block * bits + w, out[w].to(tl.int32, bitcast=True), mask=part_of_block < 4 * n_blocks
+        )
 
     weights = flip(scale_by(fwht(chosen), half.to(tl.float32) * from_unit), s0, s1, s2, s3)
     decoded = narrow(weights, kind)

@@ -136,14 +136,13 @@ def encoder(code: ScalarCode, device: torch.device) -> Callable[[bytes], Encoded
 class Decoder:
     """Decodes chunks of one tensor into memory of a GPU, on the stream of the thread that calls."""
 
-    def __init__(self, code: ScalarCode, result: torch.Tensor) -> None:
-        """`result`: (numel,) bfloat16, float16 or float32 on the GPU, allocated on the current stream."""
+    def __init__(self, code: ScalarCode, result: torch.Tensor, allocated: torch.cuda.Event) -> None:
+        """`result`: (numel,) bfloat16, float16 or float32 on the GPU, free to be written after `allocated`."""
         from .launch import DeviceCode
 
         self._code = DeviceCode(code, result.device)
         self._result = result
-        self._allocated = torch.cuda.Event()
-        self._allocated.record(torch.cuda.current_stream(result.device))
+        self._allocated = allocated
 
     def decode(self, packed: bytes, scales: NDArray[np.float16], start: int) -> None:
         """Begin to decode a run of blocks to `result` from its item `start`."""

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hlwq_formats.layout import BLOCK
-
 from ..kernels import triton_block
 from ..kernels.triton_decode import decode_blocks
 from ..kernels.triton_encode import encode_blocks
@@ -68,7 +66,13 @@ def find_cells(midpoints: NDArray[np.float32]) -> Cells:
         if steps == 1:
             break
     first = (np.cumsum(counts) - counts).astype(np.int32)
-    return Cells(first, float(per_cell), float(reach), int(reach) - rounder.view(np.int32).item(), steps if steps <= _FEW_STEPS else 0)
+    return Cells(
+        first,
+        float(per_cell),
+        float(reach),
+        int(reach) - rounder.view(np.int32).item(),
+        steps if steps <= _FEW_STEPS else 0,
+    )
 
 
 class DeviceCode:
