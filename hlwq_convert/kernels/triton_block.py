@@ -19,8 +19,6 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 KINDS = {"BF16": tl.bfloat16, "F16": tl.float16, "F32": tl.float32}
 
-ROUNDER = tl.constexpr(12582912.0)
-"""1.5 * 2**23: adding it to a smaller float32 rounds that to an integer, which stands in the low bits."""
 
 
 # --- quads -------------------------------------------------------------------------------------
@@ -46,7 +44,7 @@ def load_words(start: tl.tensor, count: tl.constexpr) -> tl.tuple:
     """`count` 32-bit items, a multiple of 4, from each of (n,) pointers aligned to 16 bytes: a tuple of (n,) uint32.
 
     All but the first four as PTX, because one of Triton's passes takes time in the square of the number of its own
-    loads and stores; the same in store_four and look_up. What is read must not be written while the kernel runs.
+    loads; the same in look_up. What is read must not be written while the kernel runs.
     """
     # this load tells Triton that a thread holds all of a quad
     words = split_quad(tl.load(start[:, None] + tl.arange(0, 4)[None, :]).to(tl.uint32, bitcast=True))
@@ -63,20 +61,6 @@ def _load_four(start: tl.tensor) -> tl.tuple:
         "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [start],
         dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=False, pack=1,
     )  # fmt: skip
-
-
-@part
-def store_four(start: tl.tensor, x: tl.tuple, mask: tl.tensor) -> None:
-    """Write four (n,) uint32 one after the other from each of (n,) pointers aligned to 16 bytes."""
-    if INTERPRETED:
-        quad = join_quad(x[0], x[1], x[2], x[3]).to(start.dtype.element_ty, bitcast=True)
-        tl.store(start[:, None] + tl.arange(0, 4)[None, :], quad, mask=mask[:, None])
-    else:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.u32 p, $6, 0; @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0; }",
-            "=r,l,r,r,r,r,r", [start, x[0], x[1], x[2], x[3], mask.to(tl.uint32)],
-            dtype=tl.uint32, is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 @part
@@ -100,7 +84,7 @@ def look_up(table: tl.tensor, index: tl.tensor) -> tl.tensor:
     )
 
 
-# --- the transform and sums --------------------------------------------------------------------
+# --- the transform ----------------------------------------------------------------------------
 
 
 @part
@@ -125,43 +109,6 @@ def fwht(x: tl.tuple) -> tl.tuple:
             else:
                 y += (x[i - (1 << p)] - x[i],)
     return y
-
-
-@part
-def sum_quad(x: tl.tensor) -> tl.tensor:
-    """(n,) sums of a quad, the end of block_sum: the upper half added to the lower half, twice."""
-    x0, x1, x2, x3 = split_quad(x)
-    return (x0 + x2) + (x1 + x3)
-
-
-@triton.constexpr_function
-def fold_order(k: int) -> int:
-    """The k-th quad to be added: in bit-reversed order, few sums wait for their other half."""
-    return (k & 1) << 4 | (k & 2) << 2 | (k & 4) | (k & 8) >> 2 | k >> 4
-
-
-@part
-def fold_in(waiting: tl.tuple, leaf: tl.tuple, k: tl.constexpr) -> tl.tuple:
-    """rotate.block_sums for several sums at once: take in the quads `leaf`, one of each sum, of quad fold_order(k).
-
-    After all 32 one tuple is left, of quads for sum_quad: the upper half added to the lower half, five times.
-    """
-    waiting += (leaf,)
-    for bit in tl.static_range(5):
-        if (k + 1) % (2 << bit) == 0:
-            waiting = _add_last_two(waiting, len(leaf))
-    return waiting
-
-
-@part
-def _add_last_two(waiting: tl.tuple, n_sums: tl.constexpr) -> tl.tuple:
-    # n_sums is an argument because Triton 3.6 names a compiled function by its arguments with tuples flattened: two
-    # tuples of two and four tuples of one would share one
-    n: tl.constexpr = len(waiting)
-    total = ()
-    for i in tl.static_range(n_sums):
-        total += (waiting[n - 2][i] + waiting[n - 1][i],)
-    return waiting[: n - 2] + (total,)
 
 
 @part
@@ -198,41 +145,6 @@ def unpack(words: tl.tuple, bits: tl.constexpr) -> tl.tuple:
             ),
         )  # fmt: skip
     return codes
-
-
-@part
-def _pack_word(codes: tl.tuple, w: tl.constexpr, bits: tl.constexpr) -> tl.tensor:
-    first: tl.constexpr = 32 * w // bits
-    word = codes[first] >> (32 * w - first * bits)
-    for i in tl.static_range(first + 1, (32 * w + 31) // bits + 1):
-        word |= codes[i] << (i * bits - 32 * w)
-    return word
-
-
-@part
-def pack(codes: tl.tuple, bits: tl.constexpr) -> tl.tuple:
-    """bitpack.pack of a block: the opposite of unpack."""
-    columns = ()
-    for i in tl.static_range(32):
-        columns += split_quad(codes[i])
-    words = ()
-    for w in tl.static_range(4 * bits):
-        words += (_pack_word(columns, w, bits),)
-    return words
-
-
-@part
-def widen(words: tl.tuple, i: tl.constexpr, kind: tl.constexpr) -> tl.tensor:
-    """dtypes.widen: quad i of the weights of type `kind` in a block of 32-bit words, as float32."""
-    if kind == tl.float32:
-        quad = join_quad(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3])
-        return quad.to(tl.float32, bitcast=True)
-    a, b = words[2 * i], words[2 * i + 1]
-    if kind == tl.bfloat16:
-        quad = join_quad(a << 16, a & 0xFFFF0000, b << 16, b & 0xFFFF0000)
-        return quad.to(tl.float32, bitcast=True)
-    quad = join_quad(a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16)
-    return quad.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @part

@@ -22,12 +22,11 @@ def from_lane(x: tl.tensor, mask: tl.constexpr) -> tl.tensor:
 
 @part
 def _lane_pass(x: tl.tuple, mask: tl.constexpr) -> tl.tuple:
-    sign = ((tl.arange(0, 4) & mask) << (30 if mask == 2 else 31))[None, :]
+    # the lower lane needs a + b, the upper one a - b: its own value times -1, which is exact, plus the other's
+    sign = tl.where(tl.arange(0, 4) & mask == 0, 1.0, -1.0)[None, :]
     y = ()
     for i in tl.static_range(32):
-        # the lower lane needs a + b, the upper one a - b = a + (-b)
-        signed = (x[i].to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-        y += (from_lane(x[i], mask) + signed,)
+        y += (tl.fma(x[i], sign, from_lane(x[i], mask)),)
     return y
 
 
@@ -62,12 +61,14 @@ def block_sum(x: tl.tuple) -> tl.tensor:
         for i in tl.static_range(16 >> fold):
             y += (x[i] + x[i + (16 >> fold)],)
         x = y
-    even, odd = x[0], x[1]
-    even += from_lane(even, 2)
-    odd += from_lane(odd, 2)
-    even += from_lane(even, 1)
-    odd += from_lane(odd, 1)
-    return even + odd
+    return over_lanes(x[0]) + over_lanes(x[1])
+
+
+@part
+def over_lanes(x: tl.tensor) -> tl.tensor:
+    """The sum of the lanes, in all of them: the upper half added to the lower half, twice."""
+    x += from_lane(x, 2)
+    return x + from_lane(x, 1)
 
 
 @part
@@ -89,14 +90,11 @@ def scale_by(x: tl.tuple, factor: tl.tensor) -> tl.tuple:
 
 
 @part
-def flip(x: tl.tuple, s0: tl.tensor, s1: tl.tensor, s2: tl.tensor, s3: tl.tensor) -> tl.tuple:
-    """float32 times the signs, given as 128 bits in four words: exact, as it touches the sign bit alone."""
-    lane = (2 * tl.arange(0, 4))[None, :]
-    words = (s0 >> lane, s1 >> lane, s2 >> lane, s3 >> lane)
+def flip(words: tl.tuple, signs: tl.tuple) -> tl.tuple:
+    """Weights times signs, both as load_block has them: the signs are the bits of zeros, positive or negative."""
     y = ()
-    for i in tl.static_range(32):
-        sign = (words[i // 8] << (31 - 8 * (i // 2 % 4) - i % 2)) & -0x80000000
-        y += ((x[i].to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True),)
+    for i in tl.static_range(len(words)):
+        y += (words[i] ^ signs[i],)
     return y
 
 

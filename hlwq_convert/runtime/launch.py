@@ -27,9 +27,6 @@ ENCODING: dict[str, Any] = {"rows": ROWS // 4, "num_warps": ROWS // 32, "enable_
 
 OWN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-_FEW_STEPS = 2
-
-
 def sign_words(signs: NDArray[np.float32]) -> list[int]:
     """(128,) signs as four signed 32-bit words of sign bits."""
     bits: list[int] = np.packbits(signs < 0, bitorder="little").view("<i4").tolist()
@@ -38,41 +35,36 @@ def sign_words(signs: NDArray[np.float32]) -> list[int]:
 
 @dataclass(frozen=True)
 class Cells:
-    """Equal cells over the reach of the midpoints between levels, to find the nearest level of x in a step or two.
+    """Equal cells over all coordinates that a block can have, to find the nearest level of x in one step.
 
-    cell(x) = round(min(max(x * per_cell, -reach), reach)) never decreases as x grows. So every midpoint in an earlier
-    cell than that of x is below x, and none in a later cell: `first[cell]` midpoints are, and at most `steps`, those in
-    the cell of x, are left to compare with. `steps` is 0 when too many share a cell: then x is found by bisection.
+    cell(x) = round(x * per_cell) never decreases as x grows, and per_cell is a power of two, so nothing but that is
+    rounded. With at most one midpoint in a cell, those in earlier cells are below x, and one is left to compare with.
     """
 
-    first: NDArray[np.int32]  # (2 * reach + 1,)
+    table: NDArray[np.float32]  # (n, 4): the midpoint or infinity; the levels below and above; the lower's number
     per_cell: float
-    reach: float
-    origin: int  # what to add to the bits of a cell's place plus ROUNDER
-    steps: int
 
 
-def find_cells(midpoints: NDArray[np.float32]) -> Cells:
-    """The coarsest cells, a power of two of them, that hold one of the increasing midpoints each, or the finest."""
-    furthest = np.abs(midpoints).max()
-    rounder = np.float32(triton_block.ROUNDER.value)
-    for exponent in range(5, 13):
-        reach = np.float32(1 << exponent)
-        with np.errstate(over="ignore"):
-            per_cell = np.minimum(reach / furthest, np.float32(1e30))
-        place = np.clip(midpoints * per_cell, -reach, reach) + rounder
-        counts = np.bincount((place - rounder + reach).astype(np.int64), minlength=(2 << exponent) + 1)
-        steps = int(counts.max())
-        if steps == 1:
-            break
-    first = (np.cumsum(counts) - counts).astype(np.int32)
-    return Cells(
-        first,
-        float(per_cell),
-        float(reach),
-        int(reach) - rounder.view(np.int32).item(),
-        steps if steps <= _FEW_STEPS else 0,
-    )
+_FURTHEST = 13.0
+"""No coordinate of a block is beyond sqrt(128) times its RMS, and the smallest gain is .88."""
+
+
+def find_cells(levels: NDArray[np.float32]) -> Cells | None:
+    """The coarsest cells with at most one midpoint in each, None when 2**12 for a unit are not enough."""
+    midpoints = (levels[:-1] + levels[1:]) * np.float32(0.5)
+    for exponent in range(13):
+        reach = round(_FURTHEST * (1 << exponent))
+        place = np.clip(midpoints.astype(np.float64) * (1 << exponent), -reach, reach)
+        counts = np.bincount(np.rint(place).astype(np.int64) + reach, minlength=2 * reach + 1)
+        if counts[1:-1].max() <= 1 and counts[0] == counts[-1] == 0:
+            below = np.cumsum(counts) - counts
+            table = np.full((2 * reach + 1, 4), np.inf, np.float32)
+            table[counts > 0, 0] = midpoints
+            table[:, 1] = levels[below]
+            table[:, 2] = levels[np.minimum(below + 1, len(levels) - 1)]
+            table[:, 3] = below.astype(np.int32).view(np.float32)
+            return Cells(table, float(1 << exponent))
+    return None
 
 
 class DeviceCode:
@@ -99,12 +91,15 @@ class DeviceEncoder(DeviceCode):
     def __init__(self, code: ScalarCode, device: torch.device) -> None:
         super().__init__(code, device)
         midpoints = (code.levels[:-1] + code.levels[1:]) * np.float32(0.5)
-        self._cells = find_cells(midpoints)
-        gains = gains_of(code.effort)
-        self._to_unit = float(power_of_two(-code.exponent))
-        self._first = torch.from_numpy(self._cells.first).to(device)
+        cells = find_cells(code.levels)
+        self._in_cells = cells is not None
+        table, self._per_cell = (cells.table, cells.per_cell) if cells else (np.zeros((1, 4), np.float32), 1.0)
+        self._cells = torch.from_numpy(table).to(device)
         self._above = torch.from_numpy(np.append(midpoints, np.float32(np.inf))).to(device)
-        self._gains = torch.from_numpy(gains).to(device)
+        self._gains = torch.from_numpy(gains_of(code.effort)).to(device)
+        self._to_unit = float(power_of_two(-code.exponent))
+        zeros = torch.from_numpy(code.signs * np.float32(0)).to(OWN[code.dtype])
+        self._zeros = zeros.view(torch.int32).to(device)
         self._dtype = code.dtype
 
     def result_bytes(self, n_blocks: int) -> int:
@@ -116,10 +111,10 @@ class DeviceEncoder(DeviceCode):
         split_result takes apart; both aligned to 16 bytes."""
         packed, sums, checksums, scales = self._parts(n_blocks, result)
         encode_blocks[-(-n_blocks // ENCODING["rows"]),](
-            items, self._to_unit, self._unit, *self._signs, self._levels, self._first, self._above, self._cells.reach,
-            self._cells.per_cell, self._cells.origin, self._gains, packed.view(torch.int32), scales.view(torch.float16),
+            items, self._to_unit, self._unit, self._zeros, self._levels, self._above, self._cells, self._per_cell,
+            len(self._cells) - 1, self._gains, packed.view(torch.int32), scales.view(torch.float16),
             sums.view(torch.float32), checksums.view(torch.int32), n_blocks, kind=triton_block.KINDS[self._dtype],
-            bits=self.bits, n_gains=len(self._gains), steps=self._cells.steps, **ENCODING,
+            bits=self.bits, n_gains=len(self._gains), in_cells=self._in_cells, **ENCODING,
         )  # fmt: skip
 
     def split_result(
