@@ -20,7 +20,6 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 KINDS = {"BF16": tl.bfloat16, "F16": tl.float16, "F32": tl.float32}
 
 
-
 # --- quads -------------------------------------------------------------------------------------
 
 

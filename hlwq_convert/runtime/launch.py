@@ -19,13 +19,14 @@ from ..kernels.triton_encode import encode_blocks
 from ..quantize import ScalarCode, power_of_two
 from ..scalar import gains_of
 
-ROWS = 128
-"""Threads of a program: the decoder has one for each block, the encoder four."""
+ROWS = 32
+"""Blocks that a program decodes, one a thread: one warp, so that no thread waits for those of another."""
 
-DECODING: dict[str, Any] = {"rows": ROWS, "num_warps": ROWS // 32, "enable_fp_fusion": False}
-ENCODING: dict[str, Any] = {"rows": ROWS // 4, "num_warps": ROWS // 32, "enable_fp_fusion": False}
+DECODING: dict[str, Any] = {"rows": ROWS, "num_warps": 1, "enable_fp_fusion": False}
+ENCODING: dict[str, Any] = {"rows": 16, "num_warps": 2, "enable_fp_fusion": False}
 
 OWN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
 
 def sign_words(signs: NDArray[np.float32]) -> list[int]:
     """(128,) signs as four signed 32-bit words of sign bits."""
