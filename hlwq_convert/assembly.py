@@ -24,6 +24,7 @@ from .resume import Planned, fingerprint, load_earlier, still_good
 from .rotate import SIGN_BYTES
 from .self_check import self_check
 from .store import Run, write_tensors
+from .survey import MakeEncoder
 from .trellis import row_of
 
 Progress = Callable[[str, int, int], None]
@@ -39,6 +40,7 @@ class Settings:
     overwrite: bool
     resume: bool
     nonfinite: str
+    make_encoder: MakeEncoder
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ def assemble(
     reserve = _upper_bound(job, planning)
     with Writer(out, overwrite=settings.overwrite, reserve=reserve, resume=settings.resume) as writer:
         step = _stepper(progress, "converting", total)
-        run = Run(model, writer, pool, settings.workers, job.recipe.effort, settings.nonfinite, step, job.warnings)
+        run = Run(
+            model, writer, pool, settings.workers, job.recipe.effort, settings.nonfinite, settings.make_encoder, step,
+            job.warnings,
+        )  # fmt: skip
         planned = [(t, planning.choices[t.name]) for t in source.tensors if t.name not in aliases]
         journal = Journal(writer.journal, fingerprint(source, job.recipe, planned, settings.nonfinite))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from hlwq_formats.atomic import check_destination
-from hlwq_formats.errors import CannotCreate, Internal, Usage, escape
+from hlwq_formats.errors import CannotCreate, Internal, NoDevice, Usage, escape
 
 from .assembly import MissedSize, Planning, Progress, Settings, assemble
 from .duplicates import find_duplicates
@@ -21,6 +22,7 @@ from .plan import Choice
 from .scalar import Effort
 from .sizing import find_steps, weights_of
 from .source import Source
+from .survey import MakeEncoder
 
 TOLERANCE = 0.002
 """How much smaller than asked for a file of variable rate may be; it is never larger."""
@@ -49,6 +51,7 @@ def convert(
     passthrough: bool = False,
     allow_extra: bool = False,
     allow_inside_source: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Inspection:
     """Convert a Hugging Face model directory into one .hlwq file and return what is in it.
@@ -60,6 +63,7 @@ def convert(
 
     The file appears whole or not at all, and its bytes depend on the model, these options and the versions alone. A
     conversion that was killed or interrupted is continued, unless `resume` is False.
+    `device` "cuda" (all GPUs) or "cuda:N" encodes scalar codes on GPUs: the same bytes; needs torch with CUDA.
     Raises an HlwqError for everything that can go wrong.
     """
     job = prepare(
@@ -68,7 +72,7 @@ def convert(
     )  # fmt: skip
     return run(
         job, out, workers=workers, overwrite=overwrite, resume=resume, nonfinite=nonfinite,
-        allow_inside_source=allow_inside_source, progress=progress,
+        allow_inside_source=allow_inside_source, device=device, progress=progress,
     )  # fmt: skip
 
 
@@ -81,6 +85,7 @@ def run(
     resume: bool = True,
     nonfinite: Literal["error", "raw"] = "error",
     allow_inside_source: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Inspection:
     """Carry out a prepared conversion; warnings are added to `job.warnings`."""
@@ -88,10 +93,11 @@ def run(
         raise Usage(f"nonfinite is {escape(str(nonfinite))}, expected error or raw")
     if workers is not None and (type(workers) is not int or workers < 1):
         raise Usage(f"workers is {escape(str(workers))}, expected 1 or more")
+    make_encoder = choose_encoder(device)
     check_output_place(out, job.source, allow_inside_source=allow_inside_source)
     check_destination(out, overwrite=overwrite)
     workers = workers or default_workers()
-    settings = Settings(workers, overwrite, resume, nonfinite)
+    settings = Settings(workers, overwrite, resume, nonfinite, make_encoder)
     compile_kernels(job, progress)
     with ThreadPoolExecutor(workers, "hlwq") as pool:
         aliases = find_duplicates(job.source.model, job.source.tensors)
@@ -146,6 +152,23 @@ def compile_kernels(job: Job, progress: Progress | None = None) -> float:
         return warm_up(sorted(scalar), sorted(trellis))
     finally:
         notice.cancel()
+
+
+def choose_encoder(device: str) -> MakeEncoder:
+    """What encodes on `device`: "cpu", "cuda" or "cuda:N". Raises NoDevice (69) where there is none."""
+    if device == "cpu":
+        from .kernels.encode import encoder
+
+        return encoder
+    if re.fullmatch(r"cuda(:\d{1,3})?", device) is None:
+        raise Usage(f"device is {escape(device)}, expected cpu, cuda or cuda:N")
+    try:
+        from .runtime.gpu import make_encoders
+    except ImportError:
+        raise NoDevice(
+            f"device {device} needs torch", hint="install hlwq-convert[torch] or leave out --device"
+        ) from None
+    return make_encoders(device)
 
 
 def _ignore(stage: str, done: int, total: int) -> None:

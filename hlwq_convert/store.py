@@ -25,7 +25,7 @@ from .parallel import call, ordered_map
 from .plan import Choice
 from .quantize import CHUNK, EncodedChunk, ScalarCode, all_finite, combine
 from .scalar import Effort
-from .survey import Surveyed, survey
+from .survey import MakeEncoder, Surveyed, survey
 from .trellis import EncodedIndices, TrellisCode
 
 _RAW_PIECE = 4 << 20
@@ -42,6 +42,7 @@ class Run:
     workers: int
     effort: Effort
     nonfinite: str
+    make_encoder: MakeEncoder
     step: Callable[[int], None]
     warnings: list[str]
     report: list[TensorReport] = field(default_factory=list)
@@ -66,7 +67,7 @@ def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Choice]]) -> I
     """Store tensors in the given order and yield their entries."""
 
     def look(item: tuple[SourceTensor, Choice]) -> Surveyed:
-        return survey(run.model, *item, run.effort, run.nonfinite, run.stop)
+        return survey(run.model, *item, run.effort, run.nonfinite, run.stop, run.make_encoder)
 
     surveyed = ordered_map(run.pool, 2 * run.workers + 2, look, tensors)
     tasks = (partial(_read_piece, run.model, of, *place) for of in surveyed for place in _places(of))

@@ -46,13 +46,18 @@ class Surveyed:
     zeros: int = 0
 
 
+MakeEncoder = Callable[[ScalarCode], Callable[[bytes], EncodedChunk]]
+"""kernels.encode.encoder, or its like for another device."""
+
+
 class Stopped(Exception):
     """The conversion ended while a survey ran."""
 
 
 def survey(
-    model: ModelDir, tensor: SourceTensor, choice: Choice, effort: Effort, nonfinite: str, stop: threading.Event
-) -> Surveyed:
+    model: ModelDir, tensor: SourceTensor, choice: Choice, effort: Effort, nonfinite: str, stop: threading.Event,
+    make_encoder: MakeEncoder,
+) -> Surveyed:  # fmt: skip
     """Read a tensor that is to be quantized and choose its code; a raw one is not read.
 
     Raises NonFinite (65) for NaN or infinity, unless `nonfinite` is "raw": then the tensor stays raw.
@@ -82,20 +87,19 @@ def survey(
         if not is_storable(code):
             return Surveyed(tensor, f"its weights of up to {largest:g} are at an end of the range of floats")
     else:
-        code, encode = _fit_scalar(model, tensor, exponent, choice.bits or 0, effort)
+        code, encode = _fit_scalar(model, tensor, exponent, choice.bits or 0, effort, make_encoder)
     return Surveyed(tensor, choice.reason, digest.hexdigest(), code, encode, zeros)
 
 
 def _fit_scalar(
-    model: ModelDir, tensor: SourceTensor, exponent: int, bits: int, effort: Effort
+    model: ModelDir, tensor: SourceTensor, exponent: int, bits: int, effort: Effort, make_encoder: MakeEncoder
 ) -> tuple[ScalarCode, Encode]:
-    from .kernels.encode import encoder
     from .kernels.fit import fit
 
     signs = sign_vector()
     sample = b"".join(raw for _, raw in _sample(model, tensor))
     code = ScalarCode(tensor.dtype, bits, exponent, fit(sample, tensor.dtype, exponent, signs, bits), signs, effort)
-    encode = encoder(code)
+    encode = make_encoder(code)
     return code, lambda raw, start: encode(raw)
 
 

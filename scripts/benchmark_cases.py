@@ -95,8 +95,9 @@ def take_sample(model_dir: Path, limit: int) -> list[Part]:
             continue
         codes = {}
         for bits in (4, 5):
-            found = survey(job.source.model, tensor, Choice(bits, "benchmark"), "default", "error", Event())
-            assert found.code is not None
+            choice = Choice(bits, "benchmark")
+            found = survey(job.source.model, tensor, choice, "default", "error", Event(), encoder)
+            assert isinstance(found.code, ScalarCode)
             codes[bits] = found.code
         size = 2 * rows * columns
         starts = range(0, size, 2 * CHUNK)

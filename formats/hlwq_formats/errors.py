@@ -344,6 +344,13 @@ class Usage(HlwqError):
     exit_status = 2
 
 
+class NoDevice(HlwqError):
+    """The device that was asked for is not there, or cannot run the kernels."""
+
+    code = 403
+    exit_status = 69
+
+
 class Internal(HlwqError):
     """A bug of ours."""
 

@@ -42,6 +42,7 @@ from .common import ProgressLine, common_options, ignore_signals, print_json, pr
     help="How long to search: for block scales, or through a trellis of 8, 32 or 256 states.",
 )
 @click.option("--workers", "-j", type=click.IntRange(1), help="Threads.  [default: the CPUs this process may use]")
+@click.option("--device", default="cpu", metavar="DEVICE", help="cpu, cuda (all GPUs) or cuda:N; the same bytes.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
 @click.option("--no-resume", is_flag=True, help="Begin anew instead of continuing an interrupted conversion.")
 @click.option(
@@ -61,20 +62,21 @@ from .common import ProgressLine, common_options, ignore_signals, print_json, pr
 @common_options
 def command(
     model: str, output: str, as_json: bool, quiet: bool, debug: bool, dry_run: bool, workers: int | None,
-    overwrite: bool, no_resume: bool, nonfinite: Any,
+    device: str, overwrite: bool, no_resume: bool, nonfinite: Any,
     allow_inside_source: bool, verify_source: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Convert the Hugging Face model MODEL, a folder or an org/name[@revision] of the Hub, into the file OUTPUT.
 
     Matrices are rotated and quantized; norms, biases, routers and other delicate tensors stay as they are.
     """
-    from ..conversion import compile_kernels, run
+    from ..conversion import choose_encoder, compile_kernels, run
     from ..hub.download import local_model
     from ..job import prepare
     from .memory import keep_freed_memory
 
     keep_freed_memory()
     began = time.monotonic()
+    choose_encoder(device)  # before anything is read
     with ProgressLine(quiet=quiet) as progress:
         folder = local_model(model, progress, bars=not quiet and sys.stderr.isatty())
     job = prepare(folder, **options)
@@ -97,7 +99,7 @@ def command(
         compiling = compile_kernels(job, progress)
         inspection = run(
             job, output, workers=workers, overwrite=overwrite, resume=not no_resume, nonfinite=nonfinite,
-            allow_inside_source=allow_inside_source, progress=step,
+            allow_inside_source=allow_inside_source, device=device, progress=step,
         )  # fmt: skip
     seconds = time.monotonic() - began - compiling
     print_warnings(inspection.warnings, quiet=quiet)

@@ -111,12 +111,13 @@ def encoder(code: ScalarCode) -> Callable[[bytes], EncodedChunk]:
         chunk = EncodedChunk(packed[:-SLACK].data, scales.view(np.uint8).data, sums, checksums)
         if len(raw) == n_blocks * block_bytes:
             return chunk
-        return _join(chunk, quantize(raw[n_blocks * block_bytes :], code))  # the padded block, once a tensor
+        return join(chunk, quantize(raw[n_blocks * block_bytes :], code))  # the padded block, once a tensor
 
     return encode
 
 
-def _join(a: EncodedChunk, b: EncodedChunk) -> EncodedChunk:
+def join(a: EncodedChunk, b: EncodedChunk) -> EncodedChunk:
+    """Two chunks, one after the other, as one."""
     return EncodedChunk(
         bytes(a.codes) + b.codes,
         bytes(a.scales) + b.scales,

@@ -20,6 +20,7 @@ from hlwq_formats.reader import Reader
 from ..decode import CodeChunk, Piece, code_chunks, decode_tasks, pieces, read_raw, scalar_code
 from ..parallel import call, default_workers, ordered_map
 from .dequantize import TorchCode
+from .gpu import Decoder, can_run_kernels
 
 TORCH: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -47,6 +48,10 @@ if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
 
 TAGS = {TORCH[tag]: tag for tag in WEIGHT_DTYPES}
 """The torch dtypes that the decoder rounds to by itself."""
+
+
+_GPU_CHUNK = 4 << 20
+"""Weights that go to a GPU at once: enough to fill one."""
 
 
 def load_state_dict(
@@ -146,6 +151,7 @@ def _tasks(
     reader: Reader, tensors: Sequence[tuple[md.StoredTensor, torch.dtype | None]], device: torch.device
 ) -> Iterator[Callable[[], torch.Tensor | None]]:
     """Tasks that fill each tensor, then one that returns it: made only when its digests have matched."""
+    kernels = device.type == "cpu" or (device.type == "cuda" and can_run_kernels())
     for tensor, dtype in tensors:
         own = TORCH.get(tensor.dtype)
         if own is None:
@@ -155,8 +161,12 @@ def _tasks(
             yield partial(_load_raw, reader, tensor, own, wanted, device)
             continue
         # the kernels round to the dtypes of weights, torch to any other
-        direct = wanted if wanted in TAGS or device.type != "cpu" else torch.float32
+        direct = wanted if wanted in TAGS or not kernels else torch.float32
         result = torch.empty(numel(tensor.shape), dtype=direct, device=device)
+        if device.type == "cuda" and kernels and isinstance(tensor, md.ScalarTensor):
+            allocated = torch.cuda.current_stream(device).record_event()
+            yield partial(_decode_on_gpu, reader, tensor, result, allocated, wanted)
+            continue
         if device.type == "cpu":
             bits = result.view(torch.int32 if direct is torch.float32 else torch.int16).numpy()
             yield from decode_tasks(reader, tensor, TAGS[direct], bits.view(BIT_PATTERNS[TAGS[direct]]))
@@ -171,6 +181,19 @@ def _load_raw(
     raw = read_raw(reader, tensor)
     flat = torch.frombuffer(raw, dtype=torch.uint8).view(own) if raw else torch.empty(0, dtype=own)
     return flat.reshape(tensor.shape).to(device=device, dtype=wanted)
+
+
+def _decode_on_gpu(
+    reader: Reader, tensor: md.ScalarTensor, result: torch.Tensor, allocated: torch.cuda.Event, wanted: torch.dtype
+) -> torch.Tensor:
+    """One tensor, read, verified and decoded by one thread, while others do the same with the next ones."""
+    on_gpu = Decoder(scalar_code(reader, tensor), result, allocated)
+    try:
+        for chunk in code_chunks(reader, tensor, _GPU_CHUNK):
+            on_gpu.decode(chunk.packed, chunk.scales, chunk.start)
+    finally:  # nothing may write to the result when it is returned, or thrown away
+        on_gpu.finish()
+    return result.reshape(tensor.shape).to(wanted)
 
 
 def _device_tasks(reader: Reader, tensor: md.QuantizedTensor, result: torch.Tensor) -> Iterator[Callable[[], None]]:

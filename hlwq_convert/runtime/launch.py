@@ -1,0 +1,130 @@
+"""The GPU kernels as functions on torch tensors: which tables they need, how they are launched.
+
+Everything but the tables is chosen so that the bits are those of the CPU kernels. With TRITON_INTERPRET=1 the
+tensors may lie on the CPU. Importing this module imports Triton, which only a CUDA build of torch brings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..kernels import triton_block
+from ..kernels.triton_decode import decode_blocks
+from ..kernels.triton_encode import encode_blocks
+from ..quantize import ScalarCode, power_of_two
+from ..scalar import gains_of
+
+ROWS = 32
+"""Blocks that a program decodes, one a thread: one warp, so that no thread waits for those of another."""
+
+DECODING: dict[str, Any] = {"rows": ROWS, "num_warps": 1, "enable_fp_fusion": False}
+ENCODING: dict[str, Any] = {"rows": 16, "num_warps": 2, "enable_fp_fusion": False}
+
+OWN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def sign_words(signs: NDArray[np.float32]) -> list[int]:
+    """(128,) signs as four signed 32-bit words of sign bits."""
+    bits: list[int] = np.packbits(signs < 0, bitorder="little").view("<i4").tolist()
+    return bits
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Equal cells over all coordinates that a block can have, to find the nearest level of x in one step.
+
+    cell(x) = round(x * per_cell) never decreases as x grows, and per_cell is a power of two, so nothing but that is
+    rounded. With at most one midpoint in a cell, those in earlier cells are below x, and one is left to compare with.
+    """
+
+    table: NDArray[np.float32]  # (n, 4): the midpoint or infinity; the levels below and above; the lower's number
+    per_cell: float
+
+
+_FURTHEST = 13.0
+"""No coordinate of a block is beyond sqrt(128) times its RMS, and the smallest gain is .88."""
+
+
+def find_cells(levels: NDArray[np.float32]) -> Cells | None:
+    """The coarsest cells with at most one midpoint in each, None when 2**12 for a unit are not enough."""
+    midpoints = (levels[:-1] + levels[1:]) * np.float32(0.5)
+    for exponent in range(13):
+        reach = round(_FURTHEST * (1 << exponent))
+        place = np.clip(midpoints.astype(np.float64) * (1 << exponent), -reach, reach)
+        counts = np.bincount(np.rint(place).astype(np.int64) + reach, minlength=2 * reach + 1)
+        if counts[1:-1].max() <= 1 and counts[0] == counts[-1] == 0:
+            below = np.cumsum(counts) - counts
+            table = np.full((2 * reach + 1, 4), np.inf, np.float32)
+            table[counts > 0, 0] = midpoints
+            table[:, 1] = levels[below]
+            table[:, 2] = levels[np.minimum(below + 1, len(levels) - 1)]
+            table[:, 3] = below.astype(np.int32).view(np.float32)
+            return Cells(table, float(1 << exponent))
+    return None
+
+
+class DeviceCode:
+    """What the chunks of one tensor share, on a device."""
+
+    def __init__(self, code: ScalarCode, device: torch.device) -> None:
+        self.bits = code.bits
+        self._unit = float(power_of_two(code.exponent))
+        self._signs = sign_words(code.signs)
+        self._levels = torch.from_numpy(code.levels.copy()).to(device)
+
+    def decode(self, packed: torch.Tensor, scales: torch.Tensor, result: torch.Tensor) -> None:
+        """Write the weights of (n_blocks,) float16 `scales` and their packed codes, (n_blocks * 4 * bits,) int32
+        aligned to 16 bytes, to `result`: (n_blocks * 128,) of a dtype of weights, aligned too."""
+        n_blocks = len(scales)
+        decode_blocks[-(-n_blocks // ROWS),](
+            packed, scales, self._levels, *self._signs, self._unit, result, n_blocks, bits=self.bits, **DECODING
+        )
+
+
+class DeviceEncoder(DeviceCode):
+    """The same for encoding."""
+
+    def __init__(self, code: ScalarCode, device: torch.device) -> None:
+        super().__init__(code, device)
+        midpoints = (code.levels[:-1] + code.levels[1:]) * np.float32(0.5)
+        cells = find_cells(code.levels)
+        self._in_cells = cells is not None
+        table, self._per_cell = (cells.table, cells.per_cell) if cells else (np.zeros((1, 4), np.float32), 1.0)
+        self._cells = torch.from_numpy(table).to(device)
+        self._above = torch.from_numpy(np.append(midpoints, np.float32(np.inf))).to(device)
+        self._gains = torch.from_numpy(gains_of(code.effort)).to(device)
+        self._to_unit = float(power_of_two(-code.exponent))
+        zeros = torch.from_numpy(code.signs * np.float32(0)).to(OWN[code.dtype])
+        self._zeros = zeros.view(torch.int32).to(device)
+        self._dtype = code.dtype
+
+    def result_bytes(self, n_blocks: int) -> int:
+        """Bytes that `encode` writes for so many blocks."""
+        return n_blocks * (16 * self.bits + 16 + 4 + 2)
+
+    def encode(self, items: torch.Tensor, n_blocks: int, result: torch.Tensor) -> None:
+        """Code n_blocks blocks of weights, as int32, and write to `result`, (result_bytes,) uint8, what
+        split_result takes apart; both aligned to 16 bytes."""
+        packed, sums, checksums, scales = self._parts(n_blocks, result)
+        encode_blocks[-(-n_blocks // ENCODING["rows"]),](
+            items, self._to_unit, self._unit, self._zeros, self._levels, self._above, self._cells, self._per_cell,
+            len(self._cells) - 1, self._gains, packed.view(torch.int32), scales.view(torch.float16),
+            sums.view(torch.float32), checksums.view(torch.int32), n_blocks, kind=triton_block.KINDS[self._dtype],
+            bits=self.bits, n_gains=len(self._gains), in_cells=self._in_cells, **ENCODING,
+        )  # fmt: skip
+
+    def split_result(
+        self, n_blocks: int, result: torch.Tensor
+    ) -> tuple[bytes, bytes, NDArray[np.float32], NDArray[np.uint32]]:
+        """Copies of what EncodedChunk holds, from a result of `encode` in host memory."""
+        packed, sums, checksums, scales = (part.numpy() for part in self._parts(n_blocks, result))
+        columns = sums.view(np.float32).reshape(4, n_blocks).copy()
+        return packed.tobytes(), scales.tobytes(), columns, checksums.view(np.uint32).copy()
+
+    def _parts(self, n_blocks: int, result: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.split(result, [n_blocks * 16 * self.bits, n_blocks * 16, n_blocks * 4, n_blocks * 2])

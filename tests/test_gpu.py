@@ -1,0 +1,87 @@
+"""A whole model through a GPU: the same file and the same weights as by the CPU. Without a GPU: one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import small_model, write_model
+
+import hlwq_convert as h
+from hlwq_formats.dtypes import narrow
+from hlwq_formats.errors import BadDigest, NoDevice, Usage
+
+torch = pytest.importorskip("torch")
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: scripts/test_gpu runs these on one")
+
+
+def odd_model(folder: Path) -> Path:
+    """Every dtype, blocks that straddle rows, ends of tensors that are no whole block, more than one chunk."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for number, (dtype, shape) in enumerate(
+        [("BF16", (576, 160)), ("F16", (65, 67)), ("F32", (4097, 1)), ("BF16", (1030, 1100)), ("F32", (3, 1400))]
+    ):
+        values = rng.standard_normal(shape).astype(np.float32) * 0.02
+        tensors[f"layers.{number}.weight"] = (dtype, shape, narrow(values.reshape(-1), dtype).tobytes())
+    tensors["layers.9.weight"] = tensors["layers.0.weight"]
+    tensors["norm.weight"] = ("BF16", (96,), bytes(range(192)))
+    return write_model(folder, tensors)
+
+
+@gpu
+@pytest.mark.parametrize("effort", ["default", "fast"])
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_a_gpu_writes_the_file_that_the_cpu_writes(tmp_path: Path, bits: int, effort: str) -> None:
+    model = odd_model(tmp_path / "model")
+    h.convert(model, tmp_path / "cpu.hlwq", bits, effort=effort)
+    h.convert(model, tmp_path / "gpu.hlwq", bits, effort=effort, device="cuda")
+    assert (tmp_path / "gpu.hlwq").read_bytes() == (tmp_path / "cpu.hlwq").read_bytes()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_a_gpu_loads_what_the_cpu_loads(tmp_path: Path, bits: int, dtype: torch.dtype | None) -> None:
+    h.convert(odd_model(tmp_path / "model"), tmp_path / "m.hlwq", bits)
+    expected = h.load_state_dict(tmp_path / "m.hlwq", dtype=dtype)
+    found = h.load_state_dict(tmp_path / "m.hlwq", device="cuda", dtype=dtype)
+    assert list(found) == list(expected)
+    for name, tensor in found.items():
+        assert (tensor.device.type, tensor.dtype, tensor.shape) == ("cuda", expected[name].dtype, expected[name].shape)
+        assert torch.equal(tensor.cpu().view(torch.uint8), expected[name].view(torch.uint8)), name
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert found["layers.0.weight"].data_ptr() == found["layers.9.weight"].data_ptr()
+
+
+@gpu
+def test_damage_is_found_when_a_gpu_decodes(tmp_path: Path) -> None:
+    path = tmp_path / "m.hlwq"
+    h.convert(small_model(tmp_path / "model"), path)
+    data = bytearray(path.read_bytes())
+    data[20_000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadDigest, match="the file is damaged"):
+        h.load_state_dict(path, device="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(NoDevice, match=r"device cuda: .*; leave out --device to use the CPU") as caught:
+        h.convert(model, tmp_path / "out.hlwq", device="cuda")
+    assert caught.value.exit_status == 69
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_other_devices_are_refused(tmp_path: Path, model: Path) -> None:
+    for device in ("gpu", "cuda:", "cuda:x", "cuda:1\n", "CPU"):
+        with pytest.raises(Usage, match="expected cpu, cuda or cuda:N"):
+            h.convert(model, tmp_path / "out.hlwq", device=device)
+
+
+@gpu
+def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(NoDevice, match="device cuda:99: the last of the"):
+        h.convert(model, tmp_path / "out.hlwq", device="cuda:99")
