@@ -52,7 +52,7 @@ from benchmark_report import (
 
 import hlwq_convert as h
 from hlwq_convert.cli.memory import keep_freed_memory
-from hlwq_convert.conversion import prepare
+from hlwq_convert.job import prepare
 from hlwq_convert.parallel import default_workers
 
 SCRIPTS = Path(__file__).parent

@@ -23,7 +23,7 @@ from benchmark_peers import make_peers, version_of
 from numpy.typing import NDArray
 
 import hlwq_convert as h
-from hlwq_convert.conversion import prepare
+from hlwq_convert.job import prepare
 from hlwq_convert.plan import Choice
 from hlwq_convert.quantize import CHUNK, ScalarCode
 from hlwq_convert.survey import survey
@@ -85,6 +85,8 @@ class Part:
 
 def take_sample(model_dir: Path, limit: int) -> list[Part]:
     """Up to `limit` weights of the bfloat16 tensors that are quantized, an eighth of them from one at most."""
+    from hlwq_convert.kernels.encode import encoder
+
     job = prepare(model_dir, BITS)
     parts: list[Part] = []
     for tensor in job.source.tensors:

@@ -14,8 +14,8 @@ from models import Tensor, join_safetensors, normal, tensor, write_model
 from numpy.typing import NDArray
 
 import hlwq_convert as h
-from hlwq_convert.conversion import prepare
 from hlwq_convert.dry_run import dry_run
+from hlwq_convert.job import prepare
 from hlwq_convert.source import open_source
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import widen

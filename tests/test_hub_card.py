@@ -9,12 +9,12 @@ import msgspec
 import pytest
 
 import hlwq_convert as h
-from hlwq_convert.conversion import prepare
 from hlwq_convert.dry_run import dry_run
 from hlwq_convert.hub.bundle import make_bundle
 from hlwq_convert.hub.card import Container, front_matter, license_warning, make_card, plain
 from hlwq_convert.hub.evaluation import Evaluation, read_evaluation
 from hlwq_convert.inspection import Inspection
+from hlwq_convert.job import prepare
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadEvaluation
 

@@ -10,9 +10,9 @@ from models import normal, write_model
 from rich.console import Console
 
 from hlwq_convert import convert
-from hlwq_convert.conversion import prepare
 from hlwq_convert.dry_run import dry_run
 from hlwq_convert.inspection import Inspection, TensorInfo, inspect
+from hlwq_convert.job import prepare
 from hlwq_convert.report import human_bytes, natural_order, print_inspection, tensor_table, totals
 from hlwq_formats.layout import align
 
