@@ -24,6 +24,7 @@ from .common import common_options, print_json, run_command
     default="dense",
     help="How they lie in memory: decoded, as in the file, or at 4 bits by torchao.",
 )
+@click.option("--kv-bits", type=click.IntRange(2, 4), help="Keep older keys and values at so many bits.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Stop after so many.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, the text in it.")
 @common_options
@@ -32,6 +33,7 @@ def command(
     prompt: str | None,
     chat: bool,
     weights: Any,
+    kv_bits: int | None,
     max_new_tokens: int,
     as_json: bool,
     quiet: bool,
@@ -51,6 +53,7 @@ def command(
         import transformers
 
         from ..runtime.generate import generate
+        from ..runtime.kv_cache import QuantizedCache
         from ..runtime.model import load_model
     except ModuleNotFoundError as error:
         raise NotAvailable(f"{error.name} is not installed", hint='pip install "hlwq-convert[run]"') from error
@@ -60,7 +63,8 @@ def command(
     model, tokenizer = load_model(file, "cuda" if torch.cuda.is_available() else "cpu", weights=weights)
     load_seconds = time.monotonic() - began
     on_text = (lambda text: None) if as_json else _show
-    made = generate(model, tokenizer, prompt, chat=chat, max_new_tokens=max_new_tokens, on_text=on_text)
+    cache = {} if kv_bits is None else {"past_key_values": QuantizedCache(model.config, kv_bits)}
+    made = generate(model, tokenizer, prompt, chat=chat, max_new_tokens=max_new_tokens, on_text=on_text, **cache)
     if as_json:
         import dataclasses
 
