@@ -84,7 +84,7 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *, kl: float = 0.01,
         "print(json.dumps({'text': 'a stormy night', 'ctx': int(arguments['--ctx']), 'entries': entries}))\n"
     )
     tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("hlwq_convert.hub.evaluate.find_tool", lambda: os.fspath(tool))
     return calls
 
 
