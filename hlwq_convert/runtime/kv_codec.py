@@ -5,7 +5,7 @@
     x ~ signs * (scale * fwht(levels[codes]))        # spec section 6.3
 
 Only float32 + - * / and a correctly rounded sqrt in a fixed order, each token by itself: a token gets the same bytes
-whether it comes alone or among a thousand, on any device.
+whether it comes alone or among a thousand.
 
 Inside, the coordinate comes first, (W, rows): every pass of the transform then runs over long contiguous rows.
 """
@@ -101,7 +101,7 @@ def _decode(codes: torch.Tensor, scales: torch.Tensor, bits: int, out: torch.Ten
     values = _table(bits, codes.device).index_select(0, fours.reshape(-1))  # after the passes at distance 1 and 2
     values = _fwht(values.reshape(groups, -1)).reshape(groups, rows, 4)
     values *= scales.reshape(-1).float()[:, None]
-    target = out.unflatten(-1, (-1, 4))  # (batch, heads, tokens, head_dim / 4, 4)
+    target = out.view(*out.shape[:-1], -1, 4)  # (batch, heads, tokens, head_dim / 4, 4)
     kept = target.shape[-2]
     values = values[:kept].transpose(0, 1).reshape(target.shape)
     torch.mul(values, _signs(4 * groups, codes.device).reshape(-1, 4)[:kept], out=target)
