@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import write_model
+from models import normal, write_model
 
 import hlwq_convert as h
 from hlwq_convert.decode import get_numpy
@@ -16,6 +19,7 @@ from hlwq_formats.errors import BadData, HlwqError, UnsupportedDtype
 from hlwq_formats.reader import Reader
 
 torch = pytest.importorskip("torch")
+load: Any = pytest.importorskip("hlwq_convert.runtime.load")
 
 
 def bits_of(tensor: torch.Tensor) -> bytes:
@@ -150,3 +154,17 @@ def test_nothing_is_yielded_before_it_is_verified(tiny: bytes, tmp_path: Path) -
     with pytest.raises(BadData, match='tensor "a": codes@'):
         seen.extend(name for name, _ in h.iter_tensors(path))
     assert seen == []
+
+
+def test_another_dtype_waits_for_the_last_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor is converted to a dtype of its own when all of it was decoded, however late a piece comes."""
+    h.convert(write_model(tmp_path / "m", {"w.weight": normal((64, 128))}), tmp_path / "o.hlwq")
+    expected = h.load_state_dict(tmp_path / "o.hlwq", dtype=torch.float32)["w.weight"].double()
+    honest = load.decode_tasks
+
+    def late(*arguments: Any) -> Iterator[Callable[[], None]]:
+        for task in honest(*arguments):
+            yield lambda task=task: (time.sleep(0.3), task())[1]  # type: ignore[misc]
+
+    monkeypatch.setattr(load, "decode_tasks", late)
+    assert torch.equal(h.load_state_dict(tmp_path / "o.hlwq", dtype=torch.float64, workers=4)["w.weight"], expected)

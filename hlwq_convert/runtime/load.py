@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -142,14 +143,23 @@ def _load(
     device: torch.device,
 ) -> Iterator[torch.Tensor]:
     """The tensors in order, each when it is complete and verified, decoded in one stream over all of them."""
-    for value in ordered_map(pool, ahead, call, _tasks(reader, tensors, device)):
-        if value is not None:
-            yield value
+    for loaded in ordered_map(pool, ahead, call, _tasks(reader, tensors, device)):
+        if loaded is not None:
+            # here and not in a task of its own: another thread may still be decoding the end of the tensor
+            yield loaded.tensor.to(loaded.dtype)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A tensor that is complete when all earlier tasks are done, and the dtype that was asked for."""
+
+    tensor: torch.Tensor
+    dtype: torch.dtype
 
 
 def _tasks(
     reader: Reader, tensors: Sequence[tuple[md.StoredTensor, torch.dtype | None]], device: torch.device
-) -> Iterator[Callable[[], torch.Tensor | None]]:
+) -> Iterator[Callable[[], _Loaded | None]]:
     """Tasks that fill each tensor, then one that returns it: made only when its digests have matched."""
     kernels = device.type == "cpu" or (device.type == "cuda" and can_run_kernels())
     for tensor, dtype in tensors:
@@ -172,20 +182,20 @@ def _tasks(
             yield from decode_tasks(reader, tensor, TAGS[direct], bits.view(BIT_PATTERNS[TAGS[direct]]))
         else:
             yield from _device_tasks(reader, tensor, result)
-        yield partial(result.reshape(tensor.shape).to, wanted)
+        yield partial(_Loaded, result.reshape(tensor.shape), wanted)
 
 
 def _load_raw(
     reader: Reader, tensor: md.RawTensor, own: torch.dtype, wanted: torch.dtype, device: torch.device
-) -> torch.Tensor:
+) -> _Loaded:
     raw = read_raw(reader, tensor)
     flat = torch.frombuffer(raw, dtype=torch.uint8).view(own) if raw else torch.empty(0, dtype=own)
-    return flat.reshape(tensor.shape).to(device=device, dtype=wanted)
+    return _Loaded(flat.reshape(tensor.shape).to(device), wanted)
 
 
 def _decode_on_gpu(
     reader: Reader, tensor: md.ScalarTensor, result: torch.Tensor, allocated: torch.cuda.Event, wanted: torch.dtype
-) -> torch.Tensor:
+) -> _Loaded:
     """One tensor, read, verified and decoded by one thread, while others do the same with the next ones."""
     on_gpu = Decoder(scalar_code(reader, tensor), result, allocated)
     try:
@@ -193,7 +203,7 @@ def _decode_on_gpu(
             on_gpu.decode(chunk.packed, chunk.scales, chunk.start)
     finally:  # nothing may write to the result when it is returned, or thrown away
         on_gpu.finish()
-    return result.reshape(tensor.shape).to(wanted)
+    return _Loaded(result.reshape(tensor.shape), wanted)
 
 
 def _device_tasks(reader: Reader, tensor: md.QuantizedTensor, result: torch.Tensor) -> Iterator[Callable[[], None]]:
