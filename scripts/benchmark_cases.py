@@ -23,7 +23,7 @@ from benchmark_peers import make_peers, version_of
 from numpy.typing import NDArray
 
 import hlwq_convert as h
-from hlwq_convert.conversion import prepare
+from hlwq_convert.conversion import choose_encoder, prepare
 from hlwq_convert.plan import Choice
 from hlwq_convert.quantize import CHUNK, ScalarCode
 from hlwq_convert.survey import survey
@@ -95,7 +95,9 @@ def take_sample(model_dir: Path, limit: int) -> list[Part]:
             continue
         codes = {}
         for bits in (4, 5):
-            found = survey(job.source.model, tensor, Choice(bits, "benchmark"), "default", "error", Event())
+            found = survey(
+                job.source.model, tensor, Choice(bits, "benchmark"), "default", "error", Event(), choose_encoder("cpu")
+            )
             assert found.code is not None
             codes[bits] = found.code
         size = 2 * rows * columns
