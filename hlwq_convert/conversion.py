@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from .inspection import Inspection
 from .job import Job, prepare
 from .parallel import default_workers
 from .plan import Choice
+from .quantize import EncodedChunk, ScalarCode
 from .scalar import Effort
 from .sizing import find_steps, weights_of
 from .source import Source
@@ -157,9 +158,7 @@ def compile_kernels(job: Job, progress: Progress | None = None) -> float:
 def choose_encoder(device: str) -> MakeEncoder:
     """What encodes on `device`: "cpu", "cuda" or "cuda:N". Raises NoDevice (69) where there is none."""
     if device == "cpu":
-        from .kernels.encode import encoder
-
-        return encoder
+        return _on_cpu
     if re.fullmatch(r"cuda(:\d{1,3})?", device) is None:
         raise Usage(f"device is {escape(device)}, expected cpu, cuda or cuda:N")
     try:
@@ -169,6 +168,12 @@ def choose_encoder(device: str) -> MakeEncoder:
             f"device {device} needs torch", hint="install hlwq-convert[torch] or leave out --device"
         ) from None
     return make_encoders(device)
+
+
+def _on_cpu(code: ScalarCode) -> Callable[[bytes], EncodedChunk]:
+    from .kernels.encode import encoder  # not before something is encoded: numba takes time and memory
+
+    return encoder(code)
 
 
 def _ignore(stage: str, done: int, total: int) -> None:

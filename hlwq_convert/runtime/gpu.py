@@ -55,9 +55,9 @@ class _Lane:
     """What one thread works with on one GPU: a stream, and pinned buffers that it takes in turn."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * _DEPTH
-        self._free = [torch.cuda.Event() for _ in range(_DEPTH)]  # type: ignore[no-untyped-call]
+        self._free = [torch.cuda.Event() for _ in range(_DEPTH)]
         self._next = 0
         self.back = torch.empty(0, dtype=torch.uint8)
 
