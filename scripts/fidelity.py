@@ -1,7 +1,7 @@
 """How close files of every size are to their source, with every byte counted, beside other quantizers.
 
 python scripts/fidelity.py [MODEL_DIR]      without a folder: all-MiniLM-L6-v2, from a package of the index
-python scripts/fidelity.py --gaussian       one matrix of 4096 x 4096 from N(0, 1)
+python scripts/fidelity.py --gaussian       one matrix of 1024 x 4096 from N(0, 1)
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def ours(model_dir: Path, names: list[str], folder: Path) -> Iterator[tuple[str,
         *((f"scalar {bits}", {"bits": bits}) for bits in (3, 4, 5, 6)),
         ("scalar 5, fast", {"bits": 5, "effort": "fast"}),
         *((f"trellis {bpw:g}", {"bpw": bpw}) for bpw in (2.25, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6)),
-        *((f"trellis 4.5, {effort}", {"bpw": 4.5, "effort": effort}) for effort in ("fast", "best")),
+        *((f"trellis {bpw:g}, {e}", {"bpw": bpw, "effort": e}) for bpw in (3, 4.5, 5.5) for e in ("fast", "best")),
     ]
     for name, options in wanted:
         began = time.monotonic()
@@ -123,7 +123,10 @@ def hidden_states(model_dir: Path) -> Callable[[Weights], NDArray[np.float64]]:
     mask = batch["attention_mask"].bool()
 
     def run(weights: Weights) -> NDArray[np.float64]:
-        model.load_state_dict({n: w.float() for n, w in weights.items()}, strict=False)
+        prefix = f"{model.base_model_prefix}."  # of a file that was made of the model with a head
+        left = model.load_state_dict({n.removeprefix(prefix): w.float() for n, w in weights.items()}, strict=False)
+        if left.missing_keys:
+            sys.exit(f"{model_dir}: the model needs {left.missing_keys[0]}, which is not there; pass --no-output")
         with torch.no_grad():
             return np.asarray(model(**batch).last_hidden_state[mask].double().numpy())
 
@@ -131,7 +134,7 @@ def hidden_states(model_dir: Path) -> Callable[[Weights], NDArray[np.float64]]:
 
 
 def coder_loss(model_dir: Path, bpw: float) -> float:
-    """Bits a weight of the symbols beyond the entropy of their indices, over tensors of at most 2**22 weights."""
+    """Bits a weight of the symbols beyond the entropy of their indices, over tensors of at most 2**24 weights."""
     job, over, count = prepare(model_dir, bpw=bpw), 0.0, 0
     for tensor in job.source.tensors:
         if job.choices[tensor.name].encoding != "trellis" or tensor.numel > 1 << 24:
@@ -148,7 +151,8 @@ def coder_loss(model_dir: Path, bpw: float) -> float:
 
 def gaussian(folder: Path) -> Path:
     """A model directory of one matrix."""
-    weights = np.random.default_rng(0).standard_normal((4096, 4096), np.float32)
+    folder.mkdir()
+    weights = np.random.default_rng(0).standard_normal((1024, 4096), np.float32)
     save_file({"w.weight": torch.from_numpy(weights)}, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
     return folder
@@ -227,7 +231,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hlwq-") as temp:
         folder, model_dir = Path(temp), options.model_dir
         if options.gaussian:
-            model_dir = gaussian(folder)
+            model_dir = gaussian(folder / "model")
         elif model_dir is None:
             script = Path(__file__).with_name("minilm.py")
             model_dir = Path(
@@ -235,6 +239,8 @@ def main() -> None:
             )
         output = not (options.no_output or options.gaussian)
         rows = measure(model_dir, folder, with_peers=not options.no_peers, with_output=output)
+        if not rows:
+            sys.exit("nothing could be measured")
         print_table(rows)
         loss = {f"{bpw:g}": coder_loss(model_dir, bpw) for bpw in (2.5, 3.5, 4.5, 5.5)}
     print("\nloss of the coder, bits a weight: " + ", ".join(f"{v:.4f} at {k}" for k, v in loss.items()))
