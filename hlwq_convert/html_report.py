@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from importlib import resources
 
 import msgspec
-
-from hlwq_formats.atomic import AtomicFile
 
 from .histograms import Histogram
 from .inspection import Inspection
@@ -36,19 +33,6 @@ def make_page(inspection: Inspection, histograms: list[Histogram]) -> bytes:
         name, after = piece.split("}}", 1)
         before += filled[name] + after
     return before.encode()
-
-
-def write_page(path: str | os.PathLike[str], page: bytes, *, overwrite: bool) -> None:
-    """Write a page whole or not at all; CannotCreate (73) where something is, unless `overwrite`."""
-    file = AtomicFile(path, overwrite=overwrite)
-    try:
-        file.begin()
-        file.write(0, page)
-        file.sync(len(page))
-        file.publish()
-    except BaseException:
-        file.abandon()
-        raise
 
 
 def _read(name: str) -> str:

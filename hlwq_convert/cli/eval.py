@@ -72,7 +72,7 @@ def command(
         evaluation = evaluate(files, ground, progress, peers=peers, tasks=tasks.split(",") if tasks else ())
     if chart is not None:
         from ..evaluation.chart import draw_chart
-        from ..evaluation.whole_file import write_whole
+        from ..whole_file import write_whole
 
         write_whole(chart, draw_chart(evaluation), overwrite=overwrite)
     print_warnings(evaluation.warnings, quiet=quiet)

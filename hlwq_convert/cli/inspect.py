@@ -133,9 +133,9 @@ def _inspect(file: str, asked: _Options) -> int:
         model = escape(str(asked.against), 120)
         raise NotFromSource(f"does not match {model}: {problems[0][:200]}{others}", file=file)
     if page is not None and asked.html is not None:
-        from ..html_report import write_page
+        from ..whole_file import write_whole
 
-        write_page(asked.html, page, overwrite=asked.overwrite)
+        write_whole(asked.html, page, overwrite=asked.overwrite)
         if not (asked.as_json or asked.as_csv or asked.quiet):
             print(f"wrote {escape(asked.html)}")
     return 0 if asked.fail_under is None else _gate(inspection, asked.fail_under)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from hlwq_formats.errors import HlwqError
 
 from .. import __version__
-from .whole_file import write_whole
+from ..whole_file import write_whole
 
 TOP_K = 256
 SAMPLES = 256

@@ -21,7 +21,7 @@ from hlwq_formats.errors import CannotCreate, escape
 from hlwq_formats.files import InputFile
 from hlwq_formats.strict_json import parse
 
-from .whole_file import write_whole
+from ..whole_file import write_whole
 
 _LARGEST = 8.0
 """|log2 s| is kept under this: 4 bits more or fewer than the mean."""
