@@ -119,8 +119,9 @@ def _hit_size(
 ) -> Inspection:
     """Convert with the steps that samples suggest; should the file miss its size, once more with others."""
     assert job.target is not None
-    most = wanted = job.target.bytes_for(weights_of(job, planning.aliases))
+    most = job.target.bytes_for(weights_of(job, planning.aliases))
     least = most - max(int(most * TOLERANCE), _GRAIN)
+    wanted = (most + least) // 2
     for number in range(_TRIES):
         if progress is not None:
             progress("choosing steps", 0, 0)

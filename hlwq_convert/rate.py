@@ -153,7 +153,7 @@ def choose_steps(
     least, most = size_at(LARGEST_STEP), size_at(LEAST_STEP)
     if not least <= wanted <= most:
         raise Usage(
-            f"the file cannot have {wanted} bytes: with these options it takes {least} to {most}",
+            f"no file has the size that was asked for: with these options it takes {least} to {most} bytes",
             hint="what is kept raw, the assets and the bounds of --min-bits and --max-bits leave no other size",
         )
     step = _solve(lambda s: 8 * (size_at(s) - wanted) / weights, 0.2, 0.0002 * 8 * wanted / weights)
