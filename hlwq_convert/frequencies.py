@@ -83,7 +83,9 @@ def _reach(counts: NDArray[np.int64]) -> int:
 def _shares(rest: int, fitted: NDArray[np.int64], weight: NDArray[np.int64]) -> NDArray[np.int64]:
     """How much each frequency changes so that `rest` parts, left over by rounding, are given out or taken back: one
     after another from the most frequent on, round after round."""
-    changes = np.zeros_like(fitted)
+    whole_rounds = max(rest, 0) // int(weight.sum())
+    changes = np.full_like(fitted, whole_rounds)
+    rest -= whole_rounds * int(weight.sum())
     order = np.argsort(-fitted, kind="stable")
     step = 1 if rest > 0 else -1
     while abs(rest) >= weight.min():

@@ -133,8 +133,10 @@ def placeholder(tensor: SourceTensor, choice: Choice, symbols: int = 0) -> md.St
         row = row_of(tensor.shape)
         n_scales, n_chunks = trellis_lengths(tensor.numel, row)
         chunks = [symbols // n_chunks + (i < symbols % n_chunks) for i in range(n_chunks)]
-        lengths: dict[md.Kind, int] = {"scales": n_scales, "frequencies": 0, "symbols": symbols}
-        sections = [md.Section(kind, length, _UNKNOWN) for kind, length in lengths.items()]
+        # scales compress to about .45 of their bytes; what frequencies take is part of the symbols here
+        lengths: dict[md.Kind, int] = {"scales": max(n_scales * 45 // 100, 1), "frequencies": 1}
+        sections = [md.Section(k, n, _UNKNOWN, md.Zstd([n], 2 * n, _UNKNOWN)) for k, n in lengths.items()]
+        sections.append(md.Section("symbols", symbols, _UNKNOWN))
         sections[-1].chunks = chunks
         return md.TrellisTensor(
             tensor.name, tensor.dtype, shape, choice.reason, BLOCK, row, 32, 1 << 23, -30, _UNKNOWN, sections
