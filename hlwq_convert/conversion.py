@@ -121,7 +121,7 @@ def _hit_size(
     assert job.target is not None
     most = job.target.bytes_for(weights_of(job, planning.aliases))
     least = most - max(int(most * TOLERANCE), _GRAIN)
-    wanted = (most + least) // 2
+    wanted = most - (most - least) // 4  # what samples say is a little too much, more often than too little
     for number in range(_TRIES):
         if progress is not None:
             progress("choosing steps", 0, 0)

@@ -89,8 +89,8 @@ def predict(sample: Sample, step: float, states: int) -> int:
 
         counts = count_magnitudes(search_segments(sample.coordinates, np.float32(1 / step), states))
         kinds, size = np.count_nonzero(counts), sample.coordinates.size
-        # the entropy of a sample is too low, and a table made from one fits the rest too badly, by as much
-        bits = cost(counts) / size + 2 * kinds / (2 * _LN2 * size)
+        # the entropy of a sample is that much too low (Miller 1955)
+        bits = cost(counts) / size + kinds / (2 * _LN2 * size)
         n = count_blocks(sample.tensor.numel) * BLOCK
         lanes = sum(min(LANES, -(-min(CHUNK, n - start) // SEGMENT)) for start in range(0, n, CHUNK))
         sample.lengths[step] = int(n * bits / 8) + 4 * lanes + 2 * len(fit_pairs(counts))
