@@ -39,8 +39,8 @@ class BadStream(ValueError):
 
 
 def taps(states: int) -> tuple[int, int]:
-    """What a state s is XORed with, after a shift to the right, where its lowest bit is 1, and where the index is
-    odd or, in odd states, one more than a multiple of 4 is not."""
+    """The masks g0 and g1 of spec section 6.7: a state s is followed by s >> 1, XORed with g0 where s is odd and with g1
+    where k is odd."""
     h0, h1 = (sum(1 << (i - 1) for i, bit in enumerate(h) if i and bit == "1") for h in TRELLISES[states])
     return h0, h1
 
