@@ -39,8 +39,8 @@ class BadStream(ValueError):
 
 
 def taps(states: int) -> tuple[int, int]:
-    """The masks g0 and g1 of spec section 6.7: a state s is followed by s >> 1, XORed with g0 where s is odd and with g1
-    where k is odd."""
+    """The masks g0 and g1 of spec section 6.7: a state s is followed by s >> 1, XORed with g0 where s is odd and with
+    g1 where k is odd."""
     h0, h1 = (sum(1 << (i - 1) for i, bit in enumerate(h) if i and bit == "1") for h in TRELLISES[states])
     return h0, h1
 
