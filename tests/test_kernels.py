@@ -217,7 +217,8 @@ import numpy as np
 from hlwq_convert.kernels.compiled import CACHE_FOLDER
 from hlwq_convert.kernels.decode import decoder
 from hlwq_convert.kernels.encode import encoder
-from hlwq_convert.kernels import vectors
+from hlwq_convert import trellis
+from hlwq_convert.kernels import lookup, trellis as fast
 from hlwq_convert.normal_levels import normal_levels
 from hlwq_convert.quantize import ScalarCode
 from hlwq_convert.rotate import sign_vector
@@ -231,7 +232,18 @@ for bits in (5, 6):
     decoder(code, "F32")(bytes(chunk.codes), np.frombuffer(chunk.scales, np.float16), decoded)
     for part in (chunk.codes, chunk.scales, chunk.sums.tobytes(), decoded.tobytes()):
         digest.update(part)
-print(digest.hexdigest(), vectors._permutes_tables(), CACHE_FOLDER)
+raw = np.random.default_rng(1).standard_normal(40 * 1024).astype(np.float32).tobytes()
+weights = np.frombuffer(raw, np.float32)
+scales = trellis.row_scales(trellis.row_energies(weights, 1024), 1024, 2)
+code = trellis.plain_code("F32", 1024, 32, 2, 0.3, scales, sign_vector())
+steps = fast.load_steps(raw, 0, code)
+code = trellis.fit(code, steps, fast.search_segments(steps.reshape(-1, 1024), np.float32(1), 32))
+found = fast.encoder(code)(raw, 0)
+decoded = np.empty(40 * 1024, np.uint32)
+assert fast.decoder(code, "F32")(found.chunks[0], 0, decoded)
+for part in (*found.chunks, found.sums.tobytes(), decoded.tobytes()):
+    digest.update(part)
+print(digest.hexdigest(), lookup.WIDE, CACHE_FOLDER)
 """
 
 

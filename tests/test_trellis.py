@@ -270,7 +270,7 @@ def test_words_are_coded_alike() -> None:
     for spread, count in ((1, 128), (5, 1024), (300, 33 * 1024 + 128)):  # more than 32 segments: two groups
         steps = rng.standard_normal((-(-count // rans.SEGMENT), rans.SEGMENT)).astype(np.float32)
         indices = fast.search_segments(steps, np.float32(spread), 8).ravel()[:count]
-        indices[:: max(2, count // 7)] += 4 * 9000  # same parity, same next state
+        indices[:: max(2, count // 700)] += 4 * 9000  # same parity, same next state
         pairs = fit_pairs(count_magnitudes(indices[1:]))
         expected = rans.encode(indices, rans.make_tables(pairs))
         assert fast_rans.encode(indices, fast_rans.KernelTables(pairs)) == expected

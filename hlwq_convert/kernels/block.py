@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from .compiled import part
-from .vectors import as_bits, as_floats, evens, first, fold, load, odds, ones, select, splat, store, take
+from .lookup import take
+from .vectors import as_bits, as_floats, evens, first, fold, load, odds, ones, select, splat, store
 
 Block = Any
 """A tuple of eight F32, or of eight U32."""
@@ -50,8 +51,14 @@ def load_block(array: Any, start: int) -> Block:
 @part
 def store_block(array: Any, start: int, block: Block) -> None:
     """Write a block of U32 to 128 items of a flat array of unsigned integers."""
-    for i, vector in enumerate(block):
-        store(array, start + 16 * i, vector)
+    store(array, start, block[0])  # a loop over a tuple is one with a jump in it
+    store(array, start + 16, block[1])
+    store(array, start + 32, block[2])
+    store(array, start + 48, block[3])
+    store(array, start + 64, block[4])
+    store(array, start + 80, block[5])
+    store(array, start + 96, block[6])
+    store(array, start + 112, block[7])
 
 
 @part

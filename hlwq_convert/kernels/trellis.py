@@ -19,8 +19,9 @@ from ..trellis import LARGEST, EncodedIndices, TrellisCode, inverse_scales, scal
 from .block import Block, block_sum, each, fwht, load_block, multiply, narrow, scale, store_block, widen
 from .compiled import kernel, part
 from .measure import measure_block
-from .rans import KernelTables, decode_group, encode
+from .rans import AHEAD, STRIDE, KernelTables, decode_turns, encode
 from .tables import KINDS, items_of
+from .transpose import transpose
 from .vectors import load, select, splat, store
 from .viterbi import search
 
@@ -54,25 +55,21 @@ def _limit(x: Any) -> Any:
 @part
 def _load_steps(
     items: Any, kind: int, to_unit: Any, inverse: Any, row: int, start: int, flip: Block, per_step: Any, first: int,
-    scratch: Any, steps: Any,
+    scratch: Any, rotated: Any, steps: Any,
 ) -> None:  # fmt: skip
     """Coordinates in steps of the sixteen segments from block `first`; zeros behind the last block."""
     n_blocks = len(items) // 128
-    for lane in range(16):
-        for j in range(_PER_SEGMENT):
-            b = first + _PER_SEGMENT * lane + j
-            place = 16 * 128 * j + lane
-            if b >= n_blocks:
-                for i in range(128):
-                    steps[place + 16 * i] = np.float32(0)
-                continue
-            factors = _row_factors(inverse, row, start + 128 * b, scratch)
-            source = multiply(scale(widen(load_block(items, 128 * b), kind), to_unit), factors)
-            rotated = each(_limit, scale(fwht(multiply(source, flip)), per_step))
-            for i in range(8):
-                store(scratch, 16 * i, rotated[i])
-            for i in range(128):
-                steps[place + 16 * i] = scratch[i]
+    for j in range(_PER_SEGMENT):
+        for lane in range(16):
+            b, place = first + _PER_SEGMENT * lane + j, STRIDE * lane
+            if b < n_blocks:
+                factors = _row_factors(inverse, row, start + 128 * b, scratch)
+                source = multiply(scale(widen(load_block(items, 128 * b), kind), to_unit), factors)
+                store_block(rotated, place, each(_limit, scale(fwht(multiply(source, flip)), per_step)))
+            else:
+                rotated[place : place + 128] = np.float32(0)
+        for i in range(0, 128, 16):
+            transpose(rotated, i, STRIDE, steps, 16 * (128 * j + i), 16)
 
 
 @kernel
@@ -80,18 +77,21 @@ def _find_indices(
     items: Any, kind: int, to_unit: Any, inverse: Any, row: int, start: int, signs: Any, per_step: Any,
     states: int, h0: int, h1: int, indices: Any,
 ) -> None:  # fmt: skip
-    scratch = np.empty(128, np.float32)
+    scratch, rotated = np.empty(128, np.float32), np.empty(16 * STRIDE, np.float32)
     steps, found = np.empty(16 * SEGMENT, np.float32), np.empty(16 * SEGMENT, np.uint32)
     costs = (np.empty(16 * states, np.float32), np.empty(16 * states, np.float32))
     decisions = np.empty(16 * SEGMENT * ((states + 31) >> 5), np.uint32)
+    tile = np.empty(16 * STRIDE, np.uint32)
     flip = load_block(signs, 0)
     for first in range(0, len(items) // 128, 16 * _PER_SEGMENT):
-        _load_steps(items, kind, to_unit, inverse, row, start, flip, per_step, first, scratch, steps)
+        _load_steps(items, kind, to_unit, inverse, row, start, flip, per_step, first, scratch, rotated, steps)
         search(steps, states, h0, h1, costs, decisions, found)
-        for lane in range(16):
-            place = (first + _PER_SEGMENT * lane) * 128
-            for t in range(min(SEGMENT, len(items) - place)):
-                indices[place + t] = np.int32(found[16 * t + lane])
+        for j in range(_PER_SEGMENT):
+            for i in range(0, 128, 16):
+                transpose(found, 16 * (128 * j + i), 16, tile, i, STRIDE)
+            for lane in range(min(16, -((first + j - len(items) // 128) // _PER_SEGMENT))):
+                place = (first + _PER_SEGMENT * lane + j) * 128
+                store_block(indices, place, load_block(tile, STRIDE * lane))
 
 
 @kernel
@@ -150,8 +150,7 @@ def _all_steps(
         factors = _row_factors(inverse, row, start + 128 * b, scratch)
         source = multiply(scale(widen(load_block(items, 128 * b), kind), to_unit), factors)
         rotated = each(_limit, scale(fwht(multiply(source, flip)), per_step))
-        for i in range(8):
-            store(steps, 128 * b + 16 * i, rotated[i])
+        store_block(steps, 128 * b, rotated)
 
 
 def load_steps(raw: bytes, start: int, code: TrellisCode) -> NDArray[np.float32]:
@@ -209,17 +208,15 @@ def encoder(code: TrellisCode) -> Callable[[bytes, int], EncodedIndices]:
     return encode_chunk
 
 
-_STRIDE = SEGMENT + 16  # segments a power of two apart would share the same few lines of the cache
-
-
 @kernel
 def _decode(
-    words: Any, end: int, first: int, n_blocks: int, h0: int, h1: int, width: int, spans: Any, symbols: Any,
-    escapes: Any, scales: Any, row: int, signs: Any, kind: int, result: Any, last: Any,
+    words: Any, end: int, first: int, n_blocks: int, width: int, spans: Any, symbols: Any, escapes: Any, h0: int,
+    h1: int, scales: Any, row: int, signs: Any, kind: int, result: Any, last: Any,
 ) -> bool:  # fmt: skip
     """Decode a chunk, weights from flat index `first`: all blocks but the last to `result`, that one to `last`."""
-    states = np.empty(LANES, np.uint32)
-    values, scratch = np.empty(LANES * _STRIDE, np.float32), np.empty(128, np.float32)
+    states, trellis = np.empty(LANES, np.uint32), np.empty(LANES, np.uint32)
+    found, values = np.empty(LANES * BLOCK, np.float32), np.empty(LANES * STRIDE, np.float32)
+    scratch = np.empty(128, np.float32)
     flip = load_block(signs, 0)
     segments = (n_blocks + _PER_SEGMENT - 1) // _PER_SEGMENT
     used = min(LANES, segments)
@@ -232,21 +229,25 @@ def _decode(
     position = 2 * used
     for group in range(0, segments, LANES):
         lanes = min(LANES, segments - group)
-        count = min(LANES * SEGMENT, n_blocks * 128 - group * SEGMENT)
-        position = decode_group(
-            words, position, end, states, lanes, count, h0, h1, width, spans, symbols, escapes, values, _STRIDE
-        )
-        if position > end:
-            return False
-        for j in range(count // 128):
-            b = group * _PER_SEGMENT + j
-            factors = _row_factors(scales, row, first + 128 * b, scratch)
-            place = j // _PER_SEGMENT * _STRIDE + j % _PER_SEGMENT * 128
-            weights = _restore(values, place, flip, factors, kind)
-            if b == n_blocks - 1:
-                store_block(last, 0, weights)
-            else:
-                store_block(result, 128 * b, weights)
+        total = min(LANES * SEGMENT, n_blocks * 128 - group * SEGMENT)
+        trellis[:] = 0
+        for j in range(_PER_SEGMENT):
+            position = decode_turns(
+                words, position, end, states, trellis, 128 * j, lanes, total, width, spans, symbols, escapes, h0, h1,
+                found, values,
+            )  # fmt: skip
+            if position > end:
+                return False
+            for lane in range(lanes):
+                b = (group + lane) * _PER_SEGMENT + j
+                if b >= n_blocks:
+                    break
+                factors = _row_factors(scales, row, first + 128 * b, scratch)
+                weights = _restore(values, lane * STRIDE, flip, factors, kind)
+                if b == n_blocks - 1:
+                    store_block(last, 0, weights)
+                else:
+                    store_block(result, 128 * b, weights)
     for lane in range(used):
         if states[lane] != np.uint32(LOWEST):
             return False
@@ -262,13 +263,12 @@ def decoder(code: TrellisCode, dtype: str) -> Decoder:
     The function returned takes a chunk, the flat index of its first weight and where to put the weights: (count,)
     bit patterns of `dtype`. It returns False for a chunk that is not what an encoder writes.
     """
-    tables = KernelTables(code.pairs)
-    settings = (*rans.taps(code.states), tables.width, tables.spans, tables.symbols, tables.escapes)
+    settings = (*KernelTables(code.pairs).decoding, *rans.taps(code.states))
     scales = code.unit * scale_values(code.row_scales)
 
     def decode(chunk: bytes, first: int, result: NDArray[np.unsignedinteger]) -> bool:
         end, n_blocks = len(chunk) // 2, count_blocks(len(result))
-        words = np.zeros(end + 2 * LANES, np.uint16)
+        words = np.zeros(end + AHEAD, np.uint16)
         words[:end] = np.frombuffer(chunk, "<u2")
         last = np.empty(BLOCK, BIT_PATTERNS[dtype])
         good = _decode(words, end, first, n_blocks, *settings, scales, code.row, code.signs, KINDS[dtype], result, last)

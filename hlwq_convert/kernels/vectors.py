@@ -2,8 +2,7 @@
 
 A loop over table look-ups or butterflies is beyond LLVM's vectoriser; written with these values it needs
 none. Every operation is generic LLVM IR, which any CPU can run with the same bits: sixteen lanes are one
-register with AVX-512, two with AVX2, four with NEON. Only `take` has a second form, for AVX-512, where a
-look-up in a table of 32 is one instruction.
+register with AVX-512, two with AVX2, four with NEON. What only AVX-512 has is in lookup.py.
 
 Arithmetic is IEEE float32 in the order written: no contraction to fused multiply-add, no reassociation.
 """
@@ -16,10 +15,7 @@ from typing import Any, ClassVar
 
 from llvmlite import ir
 from numba import extending
-from numba.core import cgutils
 from numba.core import types as numba_types
-from numba.core.codegen import get_host_cpu_features
-from numba.core.config import CPU_FEATURES
 from numba.core.datamodel import PrimitiveModel
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 
@@ -78,7 +74,8 @@ def _define_operators() -> None:
 _define_operators()
 
 
-def _lanes(values: Sequence[int]) -> Any:
+def constant(values: Sequence[int]) -> Any:
+    """A constant vector, for an intrinsic."""
     return ir.Constant(ir.VectorType(_WORD, len(values)), list(values))
 
 
@@ -92,30 +89,32 @@ def splat(typing_context: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         lane = args[0] if result is F32 else context.cast(builder, args[0], value, types.uint32)
         vector = builder.insert_element(ir.Constant(result.llvm, ir.Undefined), lane, ir.Constant(_WORD, 0))
-        return builder.shuffle_vector(vector, vector, _lanes([0] * LANES))
+        return builder.shuffle_vector(vector, vector, constant([0] * LANES))
 
     return result(value), codegen
 
 
-def _is_flat(array: Any) -> bool:
+def is_flat(array: Any) -> bool:
+    """Whether a numba type is that of a contiguous array of one dimension."""
     return isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C"
 
 
-def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+def data_of(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """The address of the first item of an array of the numba type `kind`, for an intrinsic."""
     return context.make_array(kind)(context, builder, array).data
 
 
 @intrinsic
 def load(typing_context: Any, array: Any, start: Any) -> Any:
     """Items start..start+15 of a flat array: float32 as F32, unsigned integers widened to U32. Unchecked."""
-    if not _is_flat(array):
+    if not is_flat(array):
         return None
     bits = array.dtype.bitwidth
     result = F32 if array.dtype == types.float32 else U32
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         stored = F32.llvm if result is F32 else ir.VectorType(ir.IntType(bits), LANES)
-        place = builder.gep(_data(context, builder, array, args[0]), [args[1]])
+        place = builder.gep(data_of(context, builder, array, args[0]), [args[1]])
         vector = builder.load(builder.bitcast(place, stored.as_pointer()), align=bits // 8)
         return vector if bits == 32 else builder.zext(vector, result.llvm)
 
@@ -126,14 +125,14 @@ def load(typing_context: Any, array: Any, start: Any) -> Any:
 def store(typing_context: Any, array: Any, start: Any, vector: Any) -> Any:
     """Write a U32 to items start..start+15 of a flat array of integers, each cut to its width, or an F32 to those of
     a flat array of float32. Unchecked."""
-    if not _is_flat(array) or (vector is F32) != (array.dtype == types.float32):
+    if not is_flat(array) or (vector is F32) != (array.dtype == types.float32):
         return None
     bits = array.dtype.bitwidth
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         stored = F32.llvm if vector is F32 else ir.VectorType(ir.IntType(bits), LANES)
         value = args[2] if bits == 32 else builder.trunc(args[2], stored)
-        place = builder.gep(_data(context, builder, array, args[0]), [args[1]])
+        place = builder.gep(data_of(context, builder, array, args[0]), [args[1]])
         builder.store(value, builder.bitcast(place, stored.as_pointer()), align=bits // 8)
         return context.get_dummy_value()
 
@@ -145,10 +144,10 @@ def load_word(typing_context: Any, array: Any, start: Any) -> Any:
     """Bytes start..start+7 of a flat uint8 array as one uint64, little-endian. Unchecked."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place = builder.gep(_data(context, builder, array, args[0]), [args[1]])
+        place = builder.gep(data_of(context, builder, array, args[0]), [args[1]])
         return builder.load(builder.bitcast(place, ir.IntType(64).as_pointer()), align=1)
 
-    return (types.uint64(array, types.intp), codegen) if _is_flat(array) and array.dtype == types.uint8 else None
+    return (types.uint64(array, types.intp), codegen) if is_flat(array) and array.dtype == types.uint8 else None
 
 
 @intrinsic
@@ -156,11 +155,11 @@ def store_word(typing_context: Any, array: Any, start: Any, word: Any) -> Any:
     """Write a uint64 to bytes start..start+7 of a flat uint8 array, little-endian. Unchecked."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place = builder.gep(_data(context, builder, array, args[0]), [args[1]])
+        place = builder.gep(data_of(context, builder, array, args[0]), [args[1]])
         builder.store(args[2], builder.bitcast(place, ir.IntType(64).as_pointer()), align=1)
         return context.get_dummy_value()
 
-    good = _is_flat(array) and array.dtype == types.uint8 and word == types.uint64
+    good = is_flat(array) and array.dtype == types.uint8 and word == types.uint64
     return (types.void(array, types.intp, word), codegen) if good else None
 
 
@@ -191,15 +190,27 @@ def as_floats(typing_context: Any, vector: Any) -> Any:
 
 
 @intrinsic
+def to_floats(typing_context: Any, vector: Any) -> Any:
+    """The F32 nearest to the numbers of a U32."""
+    return F32(U32), lambda context, builder, sig, args: builder.uitofp(args[0], F32.llvm)
+
+
+@intrinsic
+def to_integers(typing_context: Any, vector: Any) -> Any:
+    """The U32 of an F32 without its fractions; from 0 to below 2**32."""
+    return U32(F32), lambda context, builder, sig, args: builder.fptoui(args[0], U32.llvm)
+
+
+@intrinsic
 def evens(typing_context: Any, a: Any, b: Any) -> Any:
     """Items 0, 2, 4, ... of the 32 in `a` and `b`."""
-    return a(a, b), lambda context, builder, sig, args: builder.shuffle_vector(*args, _lanes(range(0, 2 * LANES, 2)))
+    return a(a, b), lambda context, builder, sig, args: builder.shuffle_vector(*args, constant(range(0, 2 * LANES, 2)))
 
 
 @intrinsic
 def odds(typing_context: Any, a: Any, b: Any) -> Any:
     """Items 1, 3, 5, ... of the 32 in `a` and `b`."""
-    return a(a, b), lambda context, builder, sig, args: builder.shuffle_vector(*args, _lanes(range(1, 2 * LANES, 2)))
+    return a(a, b), lambda context, builder, sig, args: builder.shuffle_vector(*args, constant(range(1, 2 * LANES, 2)))
 
 
 @intrinsic
@@ -220,54 +231,9 @@ def fold(typing_context: Any, vector: Any) -> Any:
         total, width = args[0], LANES
         while width > 1:
             width //= 2
-            low = builder.shuffle_vector(total, total, _lanes(range(width)))
-            high = builder.shuffle_vector(total, total, _lanes(range(width, 2 * width)))
+            low = builder.shuffle_vector(total, total, constant(range(width)))
+            high = builder.shuffle_vector(total, total, constant(range(width, 2 * width)))
             total = builder.fadd(low, high) if vector is F32 else builder.add(low, high)
         return builder.extract_element(total, ir.Constant(_WORD, 0))
 
     return (types.float32 if vector is F32 else types.uint32)(vector), codegen
-
-
-def _permutes_tables() -> bool:
-    """Whether the CPU that numba compiles for looks up 32 floats in registers."""
-    features = get_host_cpu_features() if CPU_FEATURES is None else CPU_FEATURES
-    return "+avx512f" in features.split(",")
-
-
-@intrinsic
-def take(typing_context: Any, table: Any, index: Any) -> Any:
-    """Look up `index`, each lane below 16 * len(table), in the rows of 16 float32 of `table`: a tuple of an even
-    number of arrays, which must be the rows of one contiguous array. Unchecked."""
-    if not isinstance(table, types.UniTuple) or not _is_flat(table.dtype) or len(table) % 2:
-        return None
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        rows = cgutils.unpack_tuple(builder, args[0], len(table))
-        places = [_data(context, builder, table.dtype, row) for row in rows]
-        emit = _take_permuting if _permutes_tables() else _take_loading
-        return emit(builder, places, args[1])
-
-    return F32(table, index), codegen
-
-
-def _take_permuting(builder: Any, places: list[Any], index: Any) -> Any:
-    rows = [builder.load(builder.bitcast(place, F32.llvm.as_pointer()), align=4) for place in places]
-    kind = ir.FunctionType(F32.llvm, [F32.llvm, U32.llvm, F32.llvm])
-    permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpermi2var.ps.512")
-    # the instruction looks at the low five bits of each index; the higher ones choose among its results
-    found = [builder.call(permute, [rows[i], index, rows[i + 1]]) for i in range(0, len(rows), 2)]
-    bit = 32
-    while len(found) > 1:
-        is_set = builder.icmp_unsigned("!=", builder.and_(index, _lanes([bit] * LANES)), _lanes([0] * LANES))
-        found = [builder.select(is_set, found[i + 1], found[i]) for i in range(0, len(found), 2)]
-        bit *= 2
-    return found[0]
-
-
-def _take_loading(builder: Any, places: list[Any], index: Any) -> Any:
-    vector = ir.Constant(F32.llvm, ir.Undefined)
-    for i in range(LANES):
-        lane = ir.Constant(_WORD, i)
-        item = builder.load(builder.gep(places[0], [builder.extract_element(index, lane)]))
-        vector = builder.insert_element(vector, item, lane)
-    return vector
