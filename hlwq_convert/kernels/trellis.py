@@ -72,6 +72,16 @@ def _load_steps(
             transpose(rotated, i, STRIDE, steps, 16 * (128 * j + i), 16)
 
 
+@part
+def _store_found(found: Any, first: int, tile: Any, indices: Any) -> None:
+    """Write the indices of sixteen segments from block `first`, as far as there are blocks."""
+    for j in range(_PER_SEGMENT):
+        for i in range(0, 128, 16):
+            transpose(found, 16 * (128 * j + i), 16, tile, i, STRIDE)
+        for lane in range(min(16, (len(indices) // 128 - first - j + _PER_SEGMENT - 1) // _PER_SEGMENT)):
+            store_block(indices, (first + _PER_SEGMENT * lane + j) * 128, load_block(tile, STRIDE * lane))
+
+
 @kernel
 def _find_indices(
     items: Any, kind: int, to_unit: Any, inverse: Any, row: int, start: int, signs: Any, per_step: Any,
@@ -86,12 +96,7 @@ def _find_indices(
     for first in range(0, len(items) // 128, 16 * _PER_SEGMENT):
         _load_steps(items, kind, to_unit, inverse, row, start, flip, per_step, first, scratch, rotated, steps)
         search(steps, states, h0, h1, costs, decisions, found)
-        for j in range(_PER_SEGMENT):
-            for i in range(0, 128, 16):
-                transpose(found, 16 * (128 * j + i), 16, tile, i, STRIDE)
-            for lane in range(min(16, -((first + j - len(items) // 128) // _PER_SEGMENT))):
-                place = (first + _PER_SEGMENT * lane + j) * 128
-                store_block(indices, place, load_block(tile, STRIDE * lane))
+        _store_found(found, first, tile, indices)
 
 
 @kernel
@@ -99,18 +104,18 @@ def _search_all(coordinates: Any, factor: Any, states: int, h0: int, h1: int, in
     steps, found = np.empty(16 * SEGMENT, np.float32), np.empty(16 * SEGMENT, np.uint32)
     costs = (np.empty(16 * states, np.float32), np.empty(16 * states, np.float32))
     decisions = np.empty(16 * SEGMENT * ((states + 31) >> 5), np.uint32)
-    for first in range(0, len(coordinates), 16):
-        lanes = min(16, len(coordinates) - first)
-        for t in range(SEGMENT):
-            for lane in range(lanes):
-                steps[16 * t + lane] = coordinates[first + lane, t] * factor
-            for lane in range(lanes, 16):
-                steps[16 * t + lane] = np.float32(0)
-            store(steps, 16 * t, _limit(load(steps, 16 * t)))
+    padded, tile = np.zeros(16 * SEGMENT, np.float32), np.empty(16 * STRIDE, np.uint32)
+    for first in range(0, len(coordinates), 16 * SEGMENT):
+        some = coordinates[first : first + 16 * SEGMENT]
+        if len(some) < len(padded):
+            padded[: len(some)] = some
+            some = padded
+        for t in range(0, SEGMENT, 16):
+            transpose(some, t, SEGMENT, steps, 16 * t, 16)
+        for i in range(0, len(steps), 16):
+            store(steps, i, _limit(load(steps, i) * splat(factor)))
         search(steps, states, h0, h1, costs, decisions, found)
-        for lane in range(lanes):
-            for t in range(SEGMENT):
-                indices[first + lane, t] = np.int32(found[16 * t + lane])
+        _store_found(found, first // 128, tile, indices)
 
 
 @part
@@ -171,9 +176,9 @@ def _whole_blocks(raw: bytes, dtype: str) -> NDArray[np.unsignedinteger]:
 
 def search_segments(coordinates: NDArray[np.float32], factor: np.float32, states: int) -> NDArray[np.int32]:
     """trellis.search for (n, 1024) float32 coordinates times `factor`: (n, 1024) int32."""
-    indices = np.empty(coordinates.shape, np.int32)
-    _search_all(coordinates, factor, states, *rans.taps(states), indices)
-    return indices
+    indices = np.empty(coordinates.size, np.int32)
+    _search_all(coordinates.reshape(-1), factor, states, *rans.taps(states), indices)
+    return indices.reshape(coordinates.shape)
 
 
 def find_indices(raw: bytes, start: int, code: TrellisCode) -> NDArray[np.int32]:
