@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from hlwq_formats.atomic import check_destination
 from hlwq_formats.errors import CannotCreate, Internal, NoDevice, Usage, escape
@@ -16,11 +16,10 @@ from hlwq_formats.errors import CannotCreate, Internal, NoDevice, Usage, escape
 from .assembly import MissedSize, Planning, Progress, Settings, assemble
 from .duplicates import find_duplicates
 from .inspection import Inspection
-from .job import Job, prepare
+from .job import Job, Options, prepare
 from .parallel import default_workers
 from .plan import Choice
 from .quantize import EncodedChunk, ScalarCode
-from .scalar import Effort
 from .sizing import find_steps, weights_of
 from .source import Source
 from .survey import MakeEncoder
@@ -37,40 +36,30 @@ def convert(
     out: str | os.PathLike[str],
     bits: int | None = None,
     *,
-    recipe: str | None = None,
-    sets: Sequence[str] = (),
-    effort: Effort = "default",
     bpw: float | None = None,
     size: int | str | None = None,
-    min_bits: Sequence[str] = (),
-    max_bits: Sequence[str] = (),
-    sensitivity: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     resume: bool = True,
     nonfinite: Literal["error", "raw"] = "error",
-    passthrough: bool = False,
-    allow_extra: bool = False,
     allow_inside_source: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> Inspection:
     """Convert a Hugging Face model directory into one .hlwq file and return what is in it.
 
     `bits` (2..8, default 5) or `recipe`, and `sets` ("REGEX=BITS" or "REGEX=raw"), choose the width of each
     tensor. With `bpw`, bits a weight of the finished file, or `size`, its bytes ("16.2GB"), tensors are coded at the
     variable rate that gives this size; `min_bits` and `max_bits` ("REGEX=BITS") bound some of them and `sensitivity`,
-    a file, says which matter more.
+    a file, says which matter more. `effort` is "fast", "default" or "best".
 
     The file appears whole or not at all, and its bytes depend on the model, these options and the versions alone. A
     conversion that was killed or interrupted is continued, unless `resume` is False.
     `device` "cuda" (all GPUs) or "cuda:N" encodes scalar codes on GPUs: the same bytes; needs torch with CUDA.
     Raises an HlwqError for everything that can go wrong.
     """
-    job = prepare(
-        src, bits, recipe=recipe, sets=sets, effort=effort, bpw=bpw, size=size, min_bits=min_bits, max_bits=max_bits,
-        sensitivity=sensitivity, passthrough=passthrough, allow_extra=allow_extra,
-    )  # fmt: skip
+    job = prepare(src, bits, bpw=bpw, size=size, **options)
     return run(
         job, out, workers=workers, overwrite=overwrite, resume=resume, nonfinite=nonfinite,
         allow_inside_source=allow_inside_source, device=device, progress=progress,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadModelDir, Usage
@@ -19,6 +20,19 @@ from .source import Source, open_source
 from .target import Target, make_target
 
 _MANY = 50_000
+
+
+class Options(TypedDict, total=False):
+    """How a model is converted, but for the size: what `prepare` takes and `convert` passes on."""
+
+    recipe: str | None  # "uniform", "mixed" or a file
+    sets: Sequence[str]  # "REGEX=BITS" or "REGEX=raw"
+    effort: Effort
+    min_bits: Sequence[str]  # "REGEX=BITS", with a size
+    max_bits: Sequence[str]
+    sensitivity: str | os.PathLike[str] | None  # a file, with a size
+    passthrough: bool
+    allow_extra: bool
 
 
 @dataclass(frozen=True)
