@@ -24,11 +24,13 @@ from crash_harness import Died, Fault, memory_folder
 from crash_harness import run as run_with_fault
 
 import hlwq_convert as h
-from hlwq_convert import conversion, journal, resume, store
+from hlwq_convert import assembly, conversion, journal, resume, store
 from hlwq_formats import atomic, file_ops, interrupts, writer
 from hlwq_formats.interrupts import Gate, lift_gates, set_gates, uninterrupted
 
-FILES = {module.__file__ for module in (conversion, journal, resume, store, atomic, file_ops, interrupts, writer)}
+FILES = {
+    module.__file__ for module in (assembly, conversion, journal, resume, store, atomic, file_ops, interrupts, writer)
+}
 SIGNAL = signal.SIGUSR1
 Place = tuple[CodeType, int]
 
