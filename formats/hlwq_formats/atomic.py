@@ -55,6 +55,7 @@ class AtomicFile:
         self.journal = self.part + ".journal"
         self._overwrite = overwrite
         self.resumed = False
+        self.published = False
         self._fd = -1
 
     @uninterrupted
@@ -248,6 +249,7 @@ class AtomicFile:
             raise self._appeared() from None
         except OSError as error:
             raise _cannot_create(self.path, error) from None
+        self.published = True
         self._close()
         with contextlib.suppress(CannotCreate):  # it means nothing any more
             self._remove_journal()

@@ -84,6 +84,11 @@ class Writer:
         """Whether OUT.part and a journal were there."""
         return self._file.resumed
 
+    @property
+    def published(self) -> bool:
+        """Whether the file has its name."""
+        return self._file.published
+
     def restart(self) -> None:
         """Throw away what is resumed, with its journal, and begin anew."""
         self._file.restart()
@@ -200,9 +205,9 @@ class Writers:
 
     @uninterrupted
     def publish(self, committed: Sequence[Writer]) -> None:
-        """Give all committed files their names, or none when it shows before the first that one cannot have it.
+        """Give all committed files their names, or none when something fails before the first has its own.
 
-        What fails later lets the others have theirs, and is raised then.
+        What fails later is raised when the others have theirs.
         """
         for writer in committed:
             writer.check_publishable()
@@ -212,6 +217,8 @@ class Writers:
                 writer.publish()
             except HlwqError as error:
                 failure = failure or error
+                if not any(one.published for one in committed):
+                    break
         if failure is not None:
             raise failure
 
