@@ -80,7 +80,7 @@ class Missed:
 
 
 class _MissedSize(Exception):
-    pass
+    """Keeps such a file from being committed."""
 
 
 def assemble(
@@ -133,8 +133,8 @@ def assemble(
 
 def _begin(planning: Planning, writer: Writer, stored: list[SourceTensor], nonfinite: str) -> Output:
     job = planning.job
-    print_of = fingerprint(job.source, job.recipe, _planned(stored, planning.choices), nonfinite)
-    return Output(writer, Journal(writer.journal, print_of), planning.choices, job.warnings)
+    decisive = fingerprint(job.source, job.recipe, _planned(stored, planning.choices), nonfinite)
+    return Output(writer, Journal(writer.journal, decisive), planning.choices, job.warnings)
 
 
 def _planned(stored: list[SourceTensor], choices: dict[str, Choice]) -> Planned:

@@ -232,7 +232,9 @@ class AtomicFile:
         """Raise what `publish` would raise for what has come or gone meanwhile."""
         if not self._is_ours(self._fd):  # someone removed it, or one on another machine took it for dead
             raise self._locked()
-        if not self._overwrite and os.path.lexists(self.path):
+        if self._overwrite:
+            check_destination(self.path, overwrite=True)
+        elif os.path.lexists(self.path):
             raise self._appeared()
 
     @uninterrupted
@@ -241,7 +243,6 @@ class AtomicFile:
         self.check_publishable()
         try:
             if self._overwrite:
-                check_destination(self.path, overwrite=True)
                 OPS.replace(self.part, self.path)
             else:
                 OPS.rename_new(self.part, self.path)
