@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hlwq_formats.errors import HlwqError as HlwqError
 
     from .conversion import convert as convert
+    from .conversion import convert_ladder as convert_ladder
     from .inspection import inspect as inspect
     from .open_file import OpenFile as open  # noqa: F401, N813
     from .runtime.kv_cache import QuantizedCache as QuantizedCache
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "convert": "conversion.convert",
+    "convert_ladder": "conversion.convert_ladder",
     "inspect": "inspection.inspect",
     "open": "open_file.OpenFile",
     "load_state_dict": "runtime.load.load_state_dict",

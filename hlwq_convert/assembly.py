@@ -1,12 +1,14 @@
-"""One file: survey -> encode -> write -> check, tensors in file order, their chunks in parallel."""
+"""The files of one pass over a model: survey -> encode -> write -> check, tensors in file order, their chunks in
+parallel."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -14,16 +16,18 @@ from hlwq_formats import metadata as md
 from hlwq_formats.errors import HlwqError
 from hlwq_formats.layout import scalar_lengths, trellis_lengths
 from hlwq_formats.reader import Reader
-from hlwq_formats.writer import Writer
+from hlwq_formats.safetensors_dir import SourceTensor
+from hlwq_formats.writer import Writer, Writers
 
+from .duplicates import digest_of
 from .inspection import Inspection, Report, inspect_reader, printable
 from .job import Job, make_metadata
 from .journal import Done, Journal
 from .plan import Choice
-from .resume import Planned, fingerprint, load_earlier, still_good
+from .resume import Digest, Planned, fingerprint, load_earlier, still_good
 from .rotate import SIGN_BYTES
 from .self_check import self_check
-from .store import Run, write_tensors
+from .store import Output, Run, write_tensors
 from .survey import MakeEncoder
 from .trellis import row_of
 
@@ -34,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to go about a conversion; none of it shows in the file but `nonfinite`."""
+    """How to go about a conversion; none of it shows in a file but `nonfinite`."""
 
     workers: int
     overwrite: bool
@@ -45,116 +49,173 @@ class Settings:
 
 @dataclass(frozen=True)
 class Planning:
-    """What becomes of each tensor: aliases name the tensor that they equal. `symbols` are the bytes that trellises are
-    expected to take, `least` and `most` the size that the file must have, when one is asked for."""
+    """What becomes of each tensor in one file: aliases name the tensor that they equal. When a size is asked for, the
+    file must have `least` to `most` bytes, steps are chosen for `wanted`, and trellises are expected to take the bytes
+    in `symbols`."""
 
+    job: Job
+    path: str
     choices: dict[str, Choice]
     aliases: dict[str, str]
     symbols: dict[str, int] = field(default_factory=dict)
     least: int = 0
     most: int | None = None
+    wanted: int = 0
 
 
-class MissedSize(Exception):
-    """The file came out larger or smaller than it must be; nothing was published."""
+@dataclass(frozen=True)
+class Made:
+    """A file that is whole but for its name, and what is in it."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.size = size
+    writer: Writer
+    inspection: Inspection
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A file that came out larger or smaller than it must be."""
+
+    writer: Writer
+    size: int
+
+
+class _MissedSize(Exception):
+    """Keeps such a file from being committed."""
 
 
 def assemble(
-    job: Job,
-    out: str | os.PathLike[str],
-    planning: Planning,
+    plannings: Sequence[Planning],
     settings: Settings,
     pool: ThreadPoolExecutor,
+    writers: Writers,
     progress: Progress | None,
-) -> Inspection:
-    """Write the file as it is planned, check it, publish it, and return what is in it."""
-    source, model, aliases = job.source, job.source.model, planning.aliases
-    total = sum(tensor.length for tensor in source.tensors)
-    ahead = 2 * settings.workers
-    reserve = _upper_bound(job, planning)
-    with Writer(out, overwrite=settings.overwrite, reserve=reserve, resume=settings.resume) as writer:
-        step = _stepper(progress, "converting", total)
-        run = Run(
-            model, writer, pool, settings.workers, job.recipe.effort, settings.nonfinite, settings.make_encoder, step,
-            job.warnings,
-        )  # fmt: skip
-        planned = [(t, planning.choices[t.name]) for t in source.tensors if t.name not in aliases]
-        journal = Journal(writer.journal, fingerprint(source, job.recipe, planned, settings.nonfinite))
-        try:
-            earlier, problem = load_earlier(writer, journal)
-            if problem is not None:
-                job.warnings.append(f"{printable(writer.part)} could not be resumed: {problem}")
-            signs = writer.write_section("signs", SIGN_BYTES)
-            done = still_good(writer, earlier, model, planned, pool, ahead)
-            if earlier:
-                journal.resume(len(done))
-            stored = _store(run, journal, planned, done)
-            tensors: list[md.Tensor] = [
-                md.AliasTensor(t.name, t.dtype, list(t.shape), aliases[t.name]) if t.name in aliases else next(stored)
-                for t in source.tensors
-            ]
-            assets = [
-                md.Asset(name, [writer.write_section("asset", source.read_asset(name), compress=True)])
-                for name, _ in source.assets
-            ]
-            report = writer.write_section("asset", md.encode(Report(run.report)), compress=True)
-            assets.append(md.Asset(md.REPORT, [report]))
-            model.check_unchanged()
-            inspections = []
-
-            def verify(reader: Reader) -> None:
-                if planning.most is not None and not planning.least <= reader.header.file_len <= planning.most:
-                    raise MissedSize(reader.header.file_len)
-                self_check(reader, run.checksums, pool, ahead, _stepper(progress, "checking", total))
-                inspections.append(inspect_reader(reader))  # here: nothing may fail after the file is published
-                if progress is not None:
-                    progress("publishing", 0, 0)
-
-            writer.finish(make_metadata(job, signs, tensors, assets), verify)
-        except BaseException as error:
-            run.stop.set()
-            if not isinstance(error, Exception) and (writer.secured or writer.resumed) and not writer.published:
+) -> list[Made | Missed]:
+    """Write the files of one model as they are planned, reading that once, and check them; none is published."""
+    job, aliases = plannings[0].job, plannings[0].aliases
+    source, ahead = job.source, 2 * settings.workers
+    total = len(plannings) * sum(tensor.length for tensor in source.tensors)
+    run = Run(
+        source.model, pool, settings.workers, job.recipe.effort, settings.nonfinite, settings.make_encoder,
+        _stepper(progress, "converting", total),
+    )  # fmt: skip
+    stored = [tensor for tensor in source.tensors if tensor.name not in aliases]
+    digest = functools.cache(partial(digest_of, source.model))
+    outputs: list[Output] = []
+    try:
+        for planning in plannings:
+            reserve = _upper_bound(planning)
+            writer = writers.enter(
+                Writer(planning.path, overwrite=settings.overwrite, reserve=reserve, resume=settings.resume)
+            )
+            outputs.append(_begin(planning, writer, stored, settings.nonfinite))
+        signs = [_resume(run, output, stored, digest, ahead) for output in outputs]
+        _store(run, outputs, stored)
+        assets: list[list[md.Asset]] = [[] for _ in outputs]
+        for name, _ in source.assets:
+            content = source.read_asset(name)
+            for output, listed in zip(outputs, assets, strict=True):
+                listed.append(md.Asset(name, [output.writer.write_section("asset", content, compress=True)]))
+        source.model.check_unchanged()
+        step = _stepper(progress, "checking", total)
+        check = partial(self_check, pool=pool, ahead=ahead, step=step)
+        return [_commit(*each, check) for each in zip(plannings, outputs, signs, assets, strict=True)]
+    except BaseException as error:
+        run.stop.set()
+        for output in () if isinstance(error, Exception) else outputs:
+            if output.writer.secured or output.writer.resumed:
                 with suppress(HlwqError):  # the last checkpoint stands whether or not another can be made
-                    _checkpoint(run, journal)
-            raise
-        finally:
-            journal.close()
-    return msgspec.structs.replace(inspections[0], file=printable(os.fspath(out)), warnings=job.warnings)
+                    _checkpoint(output)
+        raise
+    finally:
+        for output in outputs:
+            output.journal.close()
 
 
-def _store(run: Run, journal: Journal, planned: Planned, done: list[Done]) -> Iterator[md.StoredTensor]:
-    """Yield the entries of all stored tensors in order, those of an earlier run first; now and then a checkpoint."""
+def _begin(planning: Planning, writer: Writer, stored: list[SourceTensor], nonfinite: str) -> Output:
+    job = planning.job
+    decisive = fingerprint(job.source, job.recipe, _planned(stored, planning.choices), nonfinite)
+    return Output(writer, Journal(writer.journal, decisive), planning.choices, job.warnings)
+
+
+def _planned(stored: list[SourceTensor], choices: dict[str, Choice]) -> Planned:
+    return [(tensor, choices[tensor.name]) for tensor in stored]
+
+
+def _resume(run: Run, output: Output, stored: list[SourceTensor], digest: Digest, ahead: int) -> md.Section:
+    """Write the signs and, where an earlier run left off, go on behind the tensors that are still good."""
+    writer, journal = output.writer, output.journal
+    earlier, problem = load_earlier(writer, journal)
+    if problem is not None:
+        output.warnings.append(f"{printable(writer.part)} could not be resumed: {problem}")
+    signs = writer.write_section("signs", SIGN_BYTES)
+    done = still_good(writer, earlier, digest, _planned(stored, output.choices), run.pool, ahead)
+    if earlier:
+        journal.resume(len(done))
     for item in done:
         for section in item.tensor.sections:
-            run.writer.open_section(section.kind, section.length)
+            writer.open_section(section.kind, section.length)
         if item.report is not None:
-            run.report.append(item.report)
-            run.checksums[item.tensor.name] = item.checksums
-        yield item.tensor
-    run.step(sum(tensor.length for tensor, _ in planned[: len(done)]))
-    rest = planned[len(done) :]
-    for (tensor, _), entry in zip(rest, write_tensors(run, rest), strict=True):
-        checksums = run.checksums.get(tensor.name, [])
-        if journal.note(Done(entry, run.report[-1] if checksums else None, checksums), tensor.length):
-            _checkpoint(run, journal)
-        yield entry
+            output.report.append(item.report)
+            output.checksums[item.tensor.name] = item.checksums
+        output.tensors.append(item.tensor)
+    run.step(sum(tensor.length for tensor in stored[: len(done)]))
+    return signs
 
 
-def _checkpoint(run: Run, journal: Journal) -> None:
+def _store(run: Run, outputs: list[Output], stored: list[SourceTensor]) -> None:
+    """Store in each file what it does not have yet; now and then a checkpoint."""
+    had = [len(output.tensors) for output in outputs]
+    takers = ([output for output, n in zip(outputs, had, strict=True) if n <= i] for i in range(len(stored)))
+    rest = [(tensor, taken_by) for tensor, taken_by in zip(stored, takers, strict=True) if taken_by]
+    for of in write_tensors(run, rest):
+        for output in of.outputs:
+            checksums = output.checksums.get(of.tensor.name, [])
+            done = Done(output.tensors[-1], output.report[-1] if checksums else None, checksums)
+            if output.journal.note(done, of.tensor.length):
+                _checkpoint(output)
+
+
+def _checkpoint(output: Output) -> None:
     """Secure what is stored; from the first time on an interrupt keeps it."""
-    run.writer.flush()
-    journal.checkpoint()
-    run.writer.secured = True
+    output.writer.flush()
+    output.journal.checkpoint()
+    output.writer.secured = True
 
 
-def _upper_bound(job: Job, planning: Planning) -> int:
+def _commit(
+    planning: Planning, output: Output, signs: md.Section, assets: list[md.Asset], check: Callable[..., None]
+) -> Made | Missed:
+    """Write the report and the metadata, check the file, and write its header, unless it missed its size."""
+    job, writer, entries = planning.job, output.writer, iter(output.tensors)
+    tensors: list[md.Tensor] = [
+        md.AliasTensor(t.name, t.dtype, list(t.shape), planning.aliases[t.name])
+        if t.name in planning.aliases
+        else next(entries)
+        for t in job.source.tensors
+    ]
+    report = writer.write_section("asset", md.encode(Report(output.report)), compress=True)
+    metadata = make_metadata(job, signs, tensors, [*assets, md.Asset(md.REPORT, [report])])
+    results: list[Made | Missed] = []
+
+    def verify(reader: Reader) -> None:
+        size = reader.header.file_len
+        if planning.most is not None and not planning.least <= size <= planning.most:
+            results.append(Missed(writer, size))
+            raise _MissedSize
+        check(reader, output.checksums)
+        found = inspect_reader(reader)  # here: nothing may fail after the file is published
+        path, warnings = printable(planning.path), job.warnings
+        results.append(Made(writer, msgspec.structs.replace(found, file=path, warnings=warnings)))
+
+    with suppress(_MissedSize):
+        writer.commit(metadata, verify)
+    return results[0]
+
+
+def _upper_bound(planning: Planning) -> int:
     """Bytes that the output cannot exceed by much: every tensor as planned, every asset uncompressed."""
-    total = 1 << 16
-    for tensor in job.source.tensors:
+    source, total = planning.job.source, 1 << 16
+    for tensor in source.tensors:
         choice = planning.choices[tensor.name]
         if choice.step is not None:
             scales, _ = trellis_lengths(tensor.numel, row_of(tensor.shape))
@@ -162,7 +223,7 @@ def _upper_bound(job: Job, planning: Planning) -> int:
         else:
             stored = tensor.length if choice.bits is None else sum(scalar_lengths(tensor.numel, choice.bits).values())
         total += stored + 1024  # its metadata, report and padding
-    return total + sum(size for _, size in job.source.assets)
+    return total + sum(size for _, size in source.assets)
 
 
 def _stepper(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:

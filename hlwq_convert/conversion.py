@@ -1,4 +1,4 @@
-"""A whole model: plan -> find duplicates -> choose steps -> assemble, until the file has the size asked for."""
+"""A whole model: plan -> find duplicates -> choose steps -> assemble, until each file has the size asked for."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from hlwq_formats.atomic import check_destination
 from hlwq_formats.errors import CannotCreate, Internal, NoDevice, Usage, escape
+from hlwq_formats.writer import Writers
 
-from .assembly import MissedSize, Planning, Progress, Settings, assemble
+from .assembly import Made, Planning, Progress, Settings, assemble
 from .duplicates import find_duplicates
 from .inspection import Inspection
-from .job import Job, prepare
+from .job import Job, Options, prepare, prepare_all
+from .ladder import Rung, make_rungs, path_of
 from .parallel import default_workers
 from .plan import Choice
 from .quantize import EncodedChunk, ScalarCode
-from .scalar import Effort
 from .sizing import find_steps, weights_of
 from .source import Source
 from .survey import MakeEncoder
@@ -37,49 +39,70 @@ def convert(
     out: str | os.PathLike[str],
     bits: int | None = None,
     *,
-    recipe: str | None = None,
-    sets: Sequence[str] = (),
-    effort: Effort = "default",
     bpw: float | None = None,
     size: int | str | None = None,
-    min_bits: Sequence[str] = (),
-    max_bits: Sequence[str] = (),
-    sensitivity: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     resume: bool = True,
     nonfinite: Literal["error", "raw"] = "error",
-    passthrough: bool = False,
-    allow_extra: bool = False,
     allow_inside_source: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> Inspection:
     """Convert a Hugging Face model directory into one .hlwq file and return what is in it.
 
     `bits` (2..8, default 5) or `recipe`, and `sets` ("REGEX=BITS" or "REGEX=raw"), choose the width of each
     tensor. With `bpw`, bits a weight of the finished file, or `size`, its bytes ("16.2GB"), tensors are coded at the
     variable rate that gives this size; `min_bits` and `max_bits` ("REGEX=BITS") bound some of them and `sensitivity`,
-    a file, says which matter more.
+    a file, says which matter more. `effort` is "fast", "default" or "best".
 
     The file appears whole or not at all, and its bytes depend on the model, these options and the versions alone. A
     conversion that was killed or interrupted is continued, unless `resume` is False.
     `device` "cuda" (all GPUs) or "cuda:N" encodes scalar codes on GPUs: the same bytes; needs torch with CUDA.
     Raises an HlwqError for everything that can go wrong.
     """
-    job = prepare(
-        src, bits, recipe=recipe, sets=sets, effort=effort, bpw=bpw, size=size, min_bits=min_bits, max_bits=max_bits,
-        sensitivity=sensitivity, passthrough=passthrough, allow_extra=allow_extra,
-    )  # fmt: skip
+    job = prepare(src, bits, bpw=bpw, size=size, **options)
     return run(
-        job, out, workers=workers, overwrite=overwrite, resume=resume, nonfinite=nonfinite,
+        [job], [out], workers=workers, overwrite=overwrite, resume=resume, nonfinite=nonfinite,
         allow_inside_source=allow_inside_source, device=device, progress=progress,
+    )[0]  # fmt: skip
+
+
+def convert_ladder(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    bits: Sequence[int] = (),
+    bpw: Sequence[float] = (),
+    size: Sequence[int | str] = (),
+    workers: int | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    nonfinite: Literal["error", "raw"] = "error",
+    allow_inside_source: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    **options: Unpack[Options],
+) -> list[Inspection]:
+    """Convert a model into one file for each value of `bits`, `bpw` or `size`, reading it once for all of them.
+
+    The files are those that `convert` makes, named OUT-4bit.hlwq, OUT-4.25bpw.hlwq or OUT-16.2GB.hlwq when `out` is
+    OUT.hlwq, and appear together, at the end. Everything else is as in `convert`.
+    """
+    rungs = make_rungs(bits, bpw, size)
+    if rungs == [Rung()]:
+        raise Usage("a ladder needs values of bits, bpw or size")
+    jobs = prepare_all(src, rungs, **options)
+    return run(
+        jobs, [path_of(out, rung) for rung in rungs], workers=workers, overwrite=overwrite, resume=resume,
+        nonfinite=nonfinite, allow_inside_source=allow_inside_source, device=device, progress=progress,
     )  # fmt: skip
 
 
 def run(
-    job: Job,
-    out: str | os.PathLike[str],
+    jobs: Sequence[Job],
+    outs: Sequence[str | os.PathLike[str]],
     *,
     workers: int | None = None,
     overwrite: bool = False,
@@ -88,59 +111,90 @@ def run(
     allow_inside_source: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> Inspection:
-    """Carry out a prepared conversion; warnings are added to `job.warnings`."""
+) -> list[Inspection]:
+    """Carry out prepared conversions, in one pass when they are the several of `prepare_all`; warnings are added to
+    each one's `warnings`. The files appear together, at the end."""
     if nonfinite not in ("error", "raw"):
         raise Usage(f"nonfinite is {escape(str(nonfinite))}, expected error or raw")
     if workers is not None and (type(workers) is not int or workers < 1):
         raise Usage(f"workers is {escape(str(workers))}, expected 1 or more")
     make_encoder = choose_encoder(device)
-    check_output_place(out, job.source, allow_inside_source=allow_inside_source)
-    check_destination(out, overwrite=overwrite)
+    for out in outs:
+        check_output_place(out, jobs[0].source, allow_inside_source=allow_inside_source)
+        check_destination(out, overwrite=overwrite)
     workers = workers or default_workers()
     settings = Settings(workers, overwrite, resume, nonfinite, make_encoder)
-    compile_kernels(job, progress)
-    with ThreadPoolExecutor(workers, "hlwq") as pool:
-        aliases = find_duplicates(job.source.model, job.source.tensors)
-        job.warnings.extend(tie_warnings(job, aliases))
-        choices = merge_choices(job.choices, aliases)
-        if job.target is None:
-            return assemble(job, out, Planning(choices, aliases), settings, pool, progress)
-        return _hit_size(job, out, Planning(choices, aliases), settings, pool, progress)
+    compile_kernels(jobs, progress)
+    with ThreadPoolExecutor(workers, "hlwq") as pool, Writers() as writers:
+        aliases = find_duplicates(jobs[0].source.model, jobs[0].source.tensors)
+        for job in jobs:
+            job.warnings.extend(tie_warnings(job, aliases))
+        plannings = [_plan(job, os.fspath(out), aliases) for job, out in zip(jobs, outs, strict=True)]
+        made = _make(plannings, settings, pool, writers, progress)
+        if progress is not None:
+            progress("publishing", 0, 0)
+        writers.publish([made[planning.path].writer for planning in plannings])
+    return [made[planning.path].inspection for planning in plannings]
 
 
-def _hit_size(
-    job: Job,
-    out: str | os.PathLike[str],
-    planning: Planning,
-    settings: Settings,
-    pool: ThreadPoolExecutor,
-    progress: Progress | None,
-) -> Inspection:
-    """Convert with the steps that samples suggest; should the file miss its size, once more with others."""
-    assert job.target is not None
-    most = job.target.bytes_for(weights_of(job, planning.aliases))
+def _plan(job: Job, path: str, aliases: dict[str, str]) -> Planning:
+    choices = merge_choices(job.choices, aliases)
+    if job.target is None:
+        return Planning(job, path, choices, aliases)
+    most = job.target.bytes_for(weights_of(job, aliases))
     least = most - max(int(most * TOLERANCE), _GRAIN)
     wanted = most - (most - least) // 4  # what samples say is a little too much, more often than too little
+    return Planning(job, path, choices, aliases, least=least, most=most, wanted=wanted)
+
+
+def _make(
+    plannings: list[Planning],
+    settings: Settings,
+    pool: ThreadPoolExecutor,
+    writers: Writers,
+    progress: Progress | None,
+) -> dict[str, Made]:
+    """Convert with the steps that samples suggest; those files that miss their size once more with others."""
+    made: dict[str, Made] = {}
     for number in range(_TRIES):
-        if progress is not None:
-            progress("choosing steps", 0, 0)
-        choices, symbols = find_steps(job, planning.choices, planning.aliases, wanted, pool)
-        chosen = Planning(choices, planning.aliases, symbols, least if number < _EXACT_TRIES else 0, most)
-        try:
-            return assemble(job, out, chosen, settings, pool, progress)
-        except MissedSize as missed:
-            wanted -= missed.size - (most + least) // 2
-            if number >= _EXACT_TRIES:
-                wanted -= number * _GRAIN  # never larger matters more than not much smaller
-    raise Internal(f"the file cannot be brought to {most} bytes", file=os.fspath(out))
+        if plannings[0].job.target is not None:
+            plannings = _choose_steps(plannings, pool, progress)
+        # never larger matters more than not much smaller
+        allowed = plannings if number < _EXACT_TRIES else [replace(planning, least=0) for planning in plannings]
+        missed = []
+        for planning, result in zip(plannings, assemble(allowed, settings, pool, writers, progress), strict=True):
+            if isinstance(result, Made):
+                made[planning.path] = result
+            else:
+                result.writer.abandon()
+                missed.append(_correct(planning, result.size, number))
+        if not missed:
+            return made
+        plannings = missed
+    raise Internal(f"the file cannot be brought to {plannings[0].most} bytes", file=plannings[0].path)
 
 
-def compile_kernels(job: Job, progress: Progress | None = None) -> float:
-    """Make ready the machine code that the job needs and return the seconds that took: some, the first time on a
+def _choose_steps(plannings: list[Planning], pool: ThreadPoolExecutor, progress: Progress | None) -> list[Planning]:
+    if progress is not None:
+        progress("choosing steps", 0, 0)
+    jobs, choices, wanted = zip(*((p.job, p.choices, p.wanted) for p in plannings), strict=True)
+    found = find_steps(jobs, choices, plannings[0].aliases, wanted, pool)
+    return [replace(p, choices=steps, symbols=symbols) for p, (steps, symbols) in zip(plannings, found, strict=True)]
+
+
+def _correct(planning: Planning, size: int, number: int) -> Planning:
+    """What to aim at after the file came out with this size in try `number`."""
+    assert planning.most is not None
+    wanted = planning.wanted - (size - (planning.most + planning.least) // 2)
+    return replace(planning, wanted=wanted - (number * _GRAIN if number >= _EXACT_TRIES else 0))
+
+
+def compile_kernels(jobs: Sequence[Job], progress: Progress | None = None) -> float:
+    """Make ready the machine code that the jobs need and return the seconds that took: some, the first time on a
     machine, and almost none when it is there. `run` does it too, when it was not done."""
-    scalar = {(t.dtype, bits) for t in job.source.tensors if (bits := job.choices[t.name].bits) is not None}
-    trellis = {t.dtype for t in job.source.tensors if job.choices[t.name].encoding == "trellis"}
+    coded = [(tensor.dtype, job.choices[tensor.name]) for job in jobs for tensor in job.source.tensors]
+    scalar = {(dtype, choice.bits) for dtype, choice in coded if choice.bits is not None}
+    trellis = {dtype for dtype, choice in coded if choice.encoding == "trellis"}
     if not scalar and not trellis:
         return 0.0
     from .kernels.compiled import is_code_kept

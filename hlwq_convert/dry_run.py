@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from .inspection import Inspection, Report, describe
 from .job import Job
 from .parallel import default_workers
+from .plan import Choice
 from .sizing import find_steps, planned_assets, planned_header, planned_metadata, weights_of
 
 
 def dry_run(job: Job, out: str | os.PathLike[str]) -> Inspection:
     """Describe the file that the job would make. Its size is exact but for the digits of the report and for
     duplicate tensors, which show only when weights are read."""
-    symbols: dict[str, int] = {}
-    choices, symbols = job.choices, dict[str, int]()
-    if job.target is not None:
+    return dry_run_all([job], [out])[0]
+
+
+def dry_run_all(jobs: Sequence[Job], outs: Sequence[str | os.PathLike[str]]) -> list[Inspection]:
+    """`dry_run` for jobs that differ in nothing but the size."""
+    found = [(job.choices, dict[str, int]()) for job in jobs]
+    wanted = [job.target.bytes_for(weights_of(job, {})) for job in jobs if job.target is not None]
+    if wanted:
         with ThreadPoolExecutor(default_workers(), "hlwq") as pool:
-            choices, symbols = find_steps(job, choices, {}, job.target.bytes_for(weights_of(job, {})), pool)
+            found = find_steps(jobs, [job.choices for job in jobs], {}, wanted, pool)
+    return [_describe(job, out, *each) for job, out, each in zip(jobs, outs, found, strict=True)]
+
+
+def _describe(job: Job, out: str | os.PathLike[str], choices: dict[str, Choice], symbols: dict[str, int]) -> Inspection:
     metadata = planned_metadata(job, choices, {}, planned_assets(job, choices), symbols)
     header = planned_header(metadata)
     return describe(

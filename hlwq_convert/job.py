@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadModelDir, Usage
@@ -12,6 +13,7 @@ from hlwq_formats.layout import MAX_METADATA
 from hlwq_formats.sections import zstd_version
 
 from . import __version__
+from .ladder import Rung
 from .plan import Choice, placeholder, plan
 from .recipe import make_recipe
 from .scalar import Effort
@@ -19,6 +21,19 @@ from .source import Source, open_source
 from .target import Target, make_target
 
 _MANY = 50_000
+
+
+class Options(TypedDict, total=False):
+    """How a model is converted, but for the size: what `prepare` takes and `convert` passes on."""
+
+    recipe: str | None  # "uniform", "mixed" or a file
+    sets: Sequence[str]  # "REGEX=BITS" or "REGEX=raw"
+    effort: Effort
+    min_bits: Sequence[str]  # "REGEX=BITS", with a size
+    max_bits: Sequence[str]
+    sensitivity: str | os.PathLike[str] | None  # a file, with a size
+    passthrough: bool
+    allow_extra: bool
 
 
 @dataclass(frozen=True)
@@ -36,31 +51,50 @@ def prepare(
     src: str | os.PathLike[str],
     bits: int | None = None,
     *,
+    bpw: float | None = None,
+    size: int | str | None = None,
+    **options: Unpack[Options],
+) -> Job:
+    """Read the headers of a model and decide how each tensor is stored; reads no weights."""
+    return prepare_all(src, [Rung(bits, bpw, size)], **options)[0]
+
+
+def prepare_all(
+    src: str | os.PathLike[str],
+    rungs: Sequence[Rung],
+    *,
     recipe: str | None = None,
     sets: Sequence[str] = (),
     effort: Effort = "default",
-    bpw: float | None = None,
-    size: int | str | None = None,
     min_bits: Sequence[str] = (),
     max_bits: Sequence[str] = (),
     sensitivity: str | os.PathLike[str] | None = None,
     passthrough: bool = False,
     allow_extra: bool = False,
-) -> Job:
-    """Read the headers of a model and decide how each tensor is stored; reads no weights."""
+) -> list[Job]:
+    """`prepare` for each rung of a ladder: the jobs share their source, and differ in nothing but the size.
+
+    Raises Usage when two of them would make the same file.
+    """
     sets = [sets] if isinstance(sets, str) else list(sets)
-    target = make_target(bpw, size, min_bits, max_bits, sensitivity)
-    combined = make_recipe(bits, recipe, sets, effort, target)
-    if passthrough and (bits is not None or recipe is not None or sets or target is not None):
-        raise Usage("--passthrough keeps every tensor as it is: it takes no bits, size, --recipe or --set")
+    recipes, targets = list[md.Recipe](), list[Target | None]()
+    for rung in rungs:
+        targets.append(make_target(rung.bpw, rung.size, min_bits, max_bits, sensitivity))
+        recipes.append(make_recipe(rung.bits, recipe, sets, effort, targets[-1]))
+        if recipes[-1] in recipes[:-1]:
+            raise Usage(f"{rung.label} is asked for twice")
+        if passthrough and (rung != Rung() or recipe is not None or sets):
+            raise Usage("--passthrough keeps every tensor as it is: it takes no bits, size, --recipe or --set")
     source = open_source(src, passthrough=passthrough, allow_extra=allow_extra)
     if passthrough:
-        combined = md.Recipe(name=None, bits=None, effort=effort, rules=[])
-        choices = {tensor.name: Choice(None, "passthrough") for tensor in source.tensors}
+        recipes = [md.Recipe(name=None, bits=None, effort=effort, rules=[])]
+        choices = [{tensor.name: Choice(None, "passthrough") for tensor in source.tensors}]
     else:
-        choices = plan(source.tensors, combined, len(sets))
-    _check_metadata_fits(source, choices)
-    return Job(source, combined, choices, list(source.model.warnings), target)
+        choices = [plan(source.tensors, combined, len(sets)) for combined in recipes]
+    for chosen in choices:
+        _check_metadata_fits(source, chosen)
+    warnings = source.model.warnings
+    return [Job(source, *each[:2], list(warnings), each[2]) for each in zip(recipes, choices, targets, strict=True)]
 
 
 def _check_metadata_fits(source: Source, choices: dict[str, Choice]) -> None:

@@ -133,9 +133,13 @@ def placeholder(tensor: SourceTensor, choice: Choice, symbols: int = 0) -> md.St
         row = row_of(tensor.shape)
         n_scales, n_chunks = trellis_lengths(tensor.numel, row)
         chunks = [symbols // n_chunks + (i < symbols % n_chunks) for i in range(n_chunks)]
-        # scales compress to about .45 of their bytes; what frequencies take is part of the symbols here
-        lengths: dict[md.Kind, int] = {"scales": max(n_scales * 45 // 100, 1), "frequencies": 1}
-        sections = [md.Section(k, n, _UNKNOWN, md.Zstd([n], 2 * n, _UNKNOWN)) for k, n in lengths.items()]
+        # scales compress to about .39 of their bytes, and frequencies when they are many, above 4.7 bits a weight; what
+        # they take is part of the symbols here
+        stored = max(n_scales * 39 // 100, 1)
+        sections = [md.Section("scales", stored, _UNKNOWN, md.Zstd([stored], 2 * stored, _UNKNOWN))]
+        sections.append(md.Section("frequencies", 1, _UNKNOWN))
+        if 80 * symbols > 47 * tensor.numel:
+            sections[-1].zstd = md.Zstd([1], 2, _UNKNOWN)
         sections.append(md.Section("symbols", symbols, _UNKNOWN))
         sections[-1].chunks = chunks
         return md.TrellisTensor(

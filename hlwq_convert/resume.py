@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
 from hlwq_formats import metadata as md
 from hlwq_formats.layout import align, scalar_lengths
-from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
+from hlwq_formats.safetensors_dir import SourceTensor
 from hlwq_formats.sections import zstd_version
 from hlwq_formats.writer import Writer
 
 from . import __version__
-from .duplicates import digest_of
 from .journal import Done, Fingerprint, Journal
 from .parallel import ordered_map
 from .plan import Choice
 from .source import Source
 
 Planned = Sequence[tuple[SourceTensor, Choice]]
+Digest = Callable[[SourceTensor], str]
+"""SHA-256 of a tensor's bytes, in hexadecimal."""
 
 
 def fingerprint(source: Source, recipe: md.Recipe, planned: Planned, nonfinite: str) -> Fingerprint:
@@ -51,14 +52,14 @@ def load_earlier(writer: Writer, journal: Journal) -> tuple[list[Done], str | No
 
 
 def still_good(
-    writer: Writer, earlier: list[Done], model: ModelDir, planned: Planned, pool: ThreadPoolExecutor, ahead: int
+    writer: Writer, earlier: list[Done], digest: Digest, planned: Planned, pool: ThreadPoolExecutor, ahead: int
 ) -> list[Done]:
-    """The beginning of `earlier` whose sections, behind the writer's position, and source both hash to what they
-    did, and which is the beginning of what is planned."""
+    """The beginning of `earlier` whose sections, behind the writer's position, and source (of which `digest` knows)
+    both hash to what they did, and which is the beginning of what is planned."""
 
     def is_good(item: tuple[Done, SourceTensor, int]) -> bool:
         done, tensor, position = item
-        return _is_stored(writer, done.tensor, position) and digest_of(model, tensor) == _source_digest(done.tensor)
+        return _is_stored(writer, done.tensor, position) and digest(tensor) == _source_digest(done.tensor)
 
     kept = 0
     for good in ordered_map(pool, ahead, is_good, _match(earlier, planned, writer.position)):

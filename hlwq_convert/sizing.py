@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -52,24 +53,31 @@ def planned_header(metadata: md.Metadata) -> Header:
 
 
 def find_steps(
-    job: Job, choices: Choices, aliases: dict[str, str], wanted: int, pool: ThreadPoolExecutor
-) -> tuple[Choices, dict[str, int]]:
-    """The choices with the steps of a file of `wanted` bytes or a little less; and the bytes that their symbols and
-    frequencies are expected to take.
+    jobs: Sequence[Job],
+    choices: Sequence[Choices],
+    aliases: dict[str, str],
+    wanted: Sequence[int],
+    pool: ThreadPoolExecutor,
+) -> list[tuple[Choices, dict[str, int]]]:
+    """For each file its choices with the steps with which it takes `wanted` bytes or a little less, and the bytes that
+    its symbols and frequencies are expected to take. The jobs are of one model and differ in nothing but the size.
 
-    Reads samples of the weights. Raises Usage when there is no such file.
+    Reads samples of the weights, once. Raises Usage when there is no such file.
     """
-    assert job.target is not None
-    variable = [t for t in job.source.tensors if t.name not in aliases and choices[t.name].encoding == "trellis"]
-    samples = take_samples(job.source.model, variable, job.target, pool)
-    assets = planned_assets(job, choices)
+    job, target = jobs[0], jobs[0].target
+    assert target is not None
+    variable = [t for t in job.source.tensors if t.name not in aliases and choices[0][t.name].encoding == "trellis"]
+    samples = take_samples(job.source.model, variable, target, pool)
+    assets = planned_assets(job, choices[0])
 
-    def size_of(symbols: dict[str, int]) -> int:
-        return planned_header(planned_metadata(job, choices, aliases, assets, symbols)).file_len
+    def find(job: Job, choices: Choices, wanted: int) -> tuple[Choices, dict[str, int]]:
+        def size_of(symbols: dict[str, int]) -> int:
+            return planned_header(planned_metadata(job, choices, aliases, assets, symbols)).file_len
 
-    steps, symbols = choose_steps(samples, STATES[job.recipe.effort], wanted, size_of, pool)
-    chosen = {name: replace(choice, step=steps.get(name, choice.step)) for name, choice in choices.items()}
-    return chosen, symbols
+        steps, symbols = choose_steps(samples, STATES[job.recipe.effort], wanted, size_of, pool)
+        return {name: replace(choice, step=steps.get(name, choice.step)) for name, choice in choices.items()}, symbols
+
+    return [find(*each) for each in zip(jobs, choices, wanted, strict=True)]
 
 
 def _asset(name: str, data: bytes) -> md.Asset:

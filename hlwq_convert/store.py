@@ -1,10 +1,10 @@
-"""From surveyed tensors to the sections of a container: chunks are encoded in parallel, in one stream over all
-tensors, and written in file order."""
+"""From surveyed tensors to the sections of one or several containers: chunks are read once, encoded in parallel for
+each container, in one stream over all tensors, and written in file order."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 from hlwq_formats.writer import Writer
 
 from .inspection import TensorReport
+from .journal import Journal
 from .metrics import ErrorSums
 from .parallel import call, ordered_map
 from .plan import Choice
@@ -32,123 +33,176 @@ _RAW_PIECE = 4 << 20
 _MOSTLY = 0.999
 
 
+@dataclass(eq=False)
+class Output:
+    """One file in the making: what its tensors share. `tensors` are the entries of those that it has."""
+
+    writer: Writer
+    journal: Journal
+    choices: dict[str, Choice]
+    warnings: list[str]
+    tensors: list[md.StoredTensor] = field(default_factory=list)
+    report: list[TensorReport] = field(default_factory=list)
+    checksums: dict[str, list[int]] = field(default_factory=dict)  # of the decoded chunks of each tensor
+
+
 @dataclass
 class Run:
-    """The state that the tensors of one conversion share."""
+    """What the files share that are made in one pass over a model."""
 
     model: ModelDir
-    writer: Writer
     pool: ThreadPoolExecutor
     workers: int
     effort: Effort
     nonfinite: str
     make_encoder: MakeEncoder
     step: Callable[[int], None]
-    warnings: list[str]
-    report: list[TensorReport] = field(default_factory=list)
-    checksums: dict[str, list[int]] = field(default_factory=dict)  # of the decoded chunks of each tensor
     stop: threading.Event = field(default_factory=threading.Event)  # set when no more is wanted
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """A tensor, the files that take it, and what each of them makes of it."""
+
+    tensor: SourceTensor
+    outputs: Sequence[Output]
+    surveyed: list[Surveyed]
+
+
+Content = EncodedChunk | EncodedIndices | bytes
+"""An encoded chunk, or raw bytes as they are."""
+
+Put = Callable[[Content], None]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task made of a run of bytes of one tensor: an encoded chunk, or raw bytes as they are."""
+    """What one task made of a run of bytes of one tensor, for each of the files."""
 
-    of: Surveyed
+    of: Taken
     source_bytes: int
-    content: EncodedChunk | EncodedIndices | bytes
+    contents: list[Content]
 
 
 class CannotDecode(Exception):
     """A tensor at an end of the float range: its decoding would overflow, or all of it vanish."""
 
 
-def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Choice]]) -> Iterator[md.StoredTensor]:
-    """Store tensors in the given order and yield their entries."""
+def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Sequence[Output]]]) -> Iterator[Taken]:
+    """Store tensors in the given order, each in the files given with it, and yield those that are stored."""
 
-    def look(item: tuple[SourceTensor, Choice]) -> Surveyed:
-        return survey(run.model, *item, run.effort, run.nonfinite, run.stop, run.make_encoder)
+    def look(item: tuple[SourceTensor, Sequence[Output]]) -> Taken:
+        tensor, outputs = item
+        choices = [output.choices[tensor.name] for output in outputs]
+        surveyed = survey(run.model, tensor, choices, run.effort, run.nonfinite, run.stop, run.make_encoder)
+        return Taken(tensor, outputs, surveyed)
 
-    surveyed = ordered_map(run.pool, 2 * run.workers + 2, look, tensors)
-    tasks = (partial(_read_piece, run.model, of, *place) for of in surveyed for place in _places(of))
+    taken = ordered_map(run.pool, 2 * run.workers + 2, look, tensors)
+    tasks = (partial(_read_piece, run.model, of, *place) for of in taken for place in _places(of))
     pieces = ordered_map(run.pool, 2 * run.workers, call, tasks)
     for of, group in groupby(pieces, key=lambda piece: piece.of):
-        yield _write_tensor(run, of, group)
+        _write_tensor(run, of, group)
+        yield of
 
 
-def _places(of: Surveyed) -> Iterator[tuple[int, int]]:
+def _places(of: Taken) -> Iterator[tuple[int, int]]:
     """(first byte, bytes) of each piece of a tensor, at least one."""
-    size = _RAW_PIECE if of.code is None else CHUNK * ITEM_BITS[of.tensor.dtype] // 8
+    raw = all(one.code is None for one in of.surveyed)
+    size = _RAW_PIECE if raw else CHUNK * ITEM_BITS[of.tensor.dtype] // 8
     for start in range(0, max(of.tensor.length, 1), size):
         yield start, min(size, of.tensor.length - start)
 
 
-def _read_piece(model: ModelDir, of: Surveyed, start: int, length: int) -> Piece:
+def _read_piece(model: ModelDir, of: Taken, start: int, length: int) -> Piece:
     raw = model.read(of.tensor, start, length)
-    if of.encode is not None:
-        return Piece(of, length, of.encode(raw, start * 8 // ITEM_BITS[of.tensor.dtype]))
     if of.tensor.dtype == "BOOL" and max(raw, default=0) > 1:
         raise BadSafetensors(f"a boolean is {max(raw)}, expected 0 or 1", file=of.tensor.file, tensor=of.tensor.name)
-    return Piece(of, length, raw)
+    first = start * 8 // ITEM_BITS[of.tensor.dtype]
+    return Piece(of, length, [raw if one.encode is None else one.encode(raw, first) for one in of.surveyed])
 
 
-def _write_tensor(run: Run, of: Surveyed, pieces: Iterable[Piece]) -> md.StoredTensor:
-    """Store one tensor as chosen, or raw where it cannot be quantized."""
-    if of.code is None:
-        return _write_raw(run, of, pieces)
-    position = run.writer.position
-    try:
-        return _write_quantized(run, of, of.code, pieces)
-    except CannotDecode as error:
-        run.writer.rewind(position)
-        run.step(-of.tensor.length)
-        raw = Surveyed(of.tensor, f"quantized it would decode to {error}")
-        return _write_raw(run, raw, (_read_piece(run.model, raw, *place) for place in _places(raw)))
-
-
-def _write_raw(run: Run, of: Surveyed, pieces: Iterable[Piece]) -> md.RawTensor:
-    tensor = of.tensor
-    section = run.writer.open_section("raw", tensor.length)
+def _write_tensor(run: Run, of: Taken, pieces: Iterable[Piece]) -> None:
+    """Store one tensor in each file as chosen, or raw where it cannot be quantized."""
+    positions = [output.writer.position for output in of.outputs]
+    opened = [_open_tensor(output, one) for output, one in zip(of.outputs, of.surveyed, strict=True)]
     for piece in pieces:
-        assert isinstance(piece.content, bytes)
-        section.write(piece.content)
+        for (put, _), content in zip(opened, piece.contents, strict=True):
+            put(content)
+        run.step(piece.source_bytes * len(opened))
+    for output, position, (_, finish) in zip(of.outputs, positions, opened, strict=True):
+        try:
+            output.tensors.append(finish())
+        except CannotDecode as error:
+            output.writer.rewind(position)
+            run.step(-of.tensor.length)
+            _write_raw(run, output, Surveyed(of.tensor, f"quantized it would decode to {error}"))
+
+
+def _write_raw(run: Run, output: Output, of: Surveyed) -> None:
+    """Read a tensor once more and store it raw in one file."""
+    put, finish = _open_raw(output, of)
+    taken = Taken(of.tensor, [output], [of])
+    for piece in (_read_piece(run.model, taken, *place) for place in _places(taken)):
+        put(piece.contents[0])
         run.step(piece.source_bytes)
-    return md.RawTensor(tensor.name, tensor.dtype, list(tensor.shape), of.reason, [section.done()])
+    output.tensors.append(finish())
 
 
-def _write_quantized(
-    run: Run, of: Surveyed, code: ScalarCode | TrellisCode, pieces: Iterable[Piece]
-) -> md.QuantizedTensor:
+def _open_tensor(output: Output, of: Surveyed) -> tuple[Put, Callable[[], md.StoredTensor]]:
+    """Begin a tensor in a file: what takes its pieces, and what makes its entry."""
+    return _open_raw(output, of) if of.code is None else _open_quantized(output, of, of.code)
+
+
+def _open_raw(output: Output, of: Surveyed) -> tuple[Put, Callable[[], md.RawTensor]]:
     tensor = of.tensor
-    put: Put
-    finish: Callable[[], md.QuantizedTensor]
-    put, finish = (
-        _open_scalar(run.writer, of, code) if isinstance(code, ScalarCode) else _open_trellis(run.writer, of, code)
+    section = output.writer.open_section("raw", tensor.length)
+
+    def put(content: Content) -> None:
+        assert isinstance(content, bytes)
+        section.write(content)
+
+    def finish() -> md.RawTensor:
+        return md.RawTensor(tensor.name, tensor.dtype, list(tensor.shape), of.reason, [section.done()])
+
+    return put, finish
+
+
+def _open_quantized(
+    output: Output, of: Surveyed, code: ScalarCode | TrellisCode
+) -> tuple[Put, Callable[[], md.QuantizedTensor]]:
+    tensor = of.tensor
+    store: Put
+    make_entry: Callable[[], md.QuantizedTensor]
+    store, make_entry = (
+        _open_scalar(output.writer, of, code)
+        if isinstance(code, ScalarCode)
+        else _open_trellis(output.writer, of, code)
     )
-    sums, checksums, finite = ErrorSums(), [], True
-    for piece in pieces:
-        chunk = piece.content
+    sums, checksums, finite = ErrorSums(), list[int](), True
+
+    def put(chunk: Content) -> None:
+        nonlocal finite
         assert not isinstance(chunk, bytes)
-        put(chunk)
+        store(chunk)
         sums.add(chunk.sums)
         checksums.append(combine(chunk.checksums))
         finite &= all_finite(chunk.sums)
-        run.step(piece.source_bytes)
-    if not finite:
-        raise CannotDecode("infinity")
-    closeness = sums.closeness()
-    if closeness is not None and closeness.cosine == 0:
-        raise CannotDecode("zeros")
-    if of.zeros >= _MOSTLY * tensor.numel:
-        share = f"{of.zeros} of {tensor.numel} weights are zero"
-        run.warnings.append(f'tensor "{escape(tensor.name)}": {share}: was {escape(tensor.file)} fetched whole?')
-    cosine, rel_mse = (None, None) if closeness is None else (closeness.cosine, closeness.rel_mse)
-    run.report.append(TensorReport(tensor.name, cosine, rel_mse))
-    run.checksums[tensor.name] = checksums
-    return finish()
 
+    def finish() -> md.QuantizedTensor:
+        if not finite:
+            raise CannotDecode("infinity")
+        closeness = sums.closeness()
+        if closeness is not None and closeness.cosine == 0:
+            raise CannotDecode("zeros")
+        if of.zeros >= _MOSTLY * tensor.numel:
+            share = f"{of.zeros} of {tensor.numel} weights are zero"
+            output.warnings.append(f'tensor "{escape(tensor.name)}": {share}: was {escape(tensor.file)} fetched whole?')
+        cosine, rel_mse = (None, None) if closeness is None else (closeness.cosine, closeness.rel_mse)
+        output.report.append(TensorReport(tensor.name, cosine, rel_mse))
+        output.checksums[tensor.name] = checksums
+        return make_entry()
 
-Put = Callable[[EncodedChunk | EncodedIndices], None]
+    return put, finish
 
 
 def _open_scalar(writer: Writer, of: Surveyed, code: ScalarCode) -> tuple[Put, Callable[[], md.ScalarTensor]]:
@@ -157,7 +211,7 @@ def _open_scalar(writer: Writer, of: Surveyed, code: ScalarCode) -> tuple[Put, C
     sections = {kind: writer.open_section(kind, n) for kind, n in scalar_lengths(tensor.numel, code.bits).items()}
     sections["levels"].write(code.levels.tobytes())
 
-    def put(chunk: EncodedChunk | EncodedIndices) -> None:
+    def put(chunk: Content) -> None:
         assert isinstance(chunk, EncodedChunk)
         sections["codes"].write(chunk.codes)
         sections["scales"].write(chunk.scales)
@@ -180,7 +234,7 @@ def _open_trellis(writer: Writer, of: Surveyed, code: TrellisCode) -> tuple[Put,
     ]
     symbols = writer.open_section("symbols", None)
 
-    def put(chunk: EncodedChunk | EncodedIndices) -> None:
+    def put(chunk: Content) -> None:
         assert isinstance(chunk, EncodedIndices)
         for data in chunk.chunks:
             symbols.write(data)

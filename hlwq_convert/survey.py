@@ -1,4 +1,4 @@
-"""The first look at a tensor: its digest, its largest weight, and from those and a sample its code.
+"""The first look at a tensor: its digest, its largest weight, and from those and a sample its code in each file.
 
 One task for each tensor, some tensors ahead of the encoder, so that digests and disk are off its path. The
 encoder reads the bytes again, then mostly from the page cache: keeping them would cost the memory of a tensor.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,9 +34,13 @@ Encode = Callable[[bytes, int], EncodedChunk | EncodedIndices]
 """Encode source bytes, given the flat index of their first weight."""
 
 
+Sample = list[tuple[int, bytes]]
+"""Runs of blocks of a tensor: the flat index of the first weight of each, and its bytes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Surveyed:
-    """A tensor, how it is to be stored, and, when it is quantized, everything its chunks need."""
+    """A tensor, how it is to be stored in a file, and, when it is quantized, everything its chunks need."""
 
     tensor: SourceTensor
     reason: str
@@ -55,19 +59,20 @@ class Stopped(Exception):
 
 
 def survey(
-    model: ModelDir, tensor: SourceTensor, choice: Choice, effort: Effort, nonfinite: str, stop: threading.Event,
-    make_encoder: MakeEncoder,
-) -> Surveyed:  # fmt: skip
-    """Read a tensor that is to be quantized and choose its code; a raw one is not read.
+    model: ModelDir, tensor: SourceTensor, choices: Sequence[Choice], effort: Effort, nonfinite: str,
+    stop: threading.Event, make_encoder: MakeEncoder,
+) -> list[Surveyed]:  # fmt: skip
+    """Read a tensor that is to be quantized, once, and find its code for each of the choices; what is raw in all of
+    them is not read.
 
     Raises NonFinite (65) for NaN or infinity, unless `nonfinite` is "raw": then the tensor stays raw.
     """
-    if choice.bits is None and choice.step is None:
-        return Surveyed(tensor, choice.reason)
+    if all(choice.encoding == "raw" for choice in choices):
+        return [Surveyed(tensor, choice.reason) for choice in choices]
     from .kernels.survey import RowEnergies, survey_weights
 
-    row = row_of(tensor.shape)
-    energies = RowEnergies(tensor.dtype, row, tensor.numel // row) if choice.step is not None else None
+    row, variable = row_of(tensor.shape), any(choice.encoding == "trellis" for choice in choices)
+    energies = RowEnergies(tensor.dtype, row, tensor.numel // row) if variable else None
     digest, largest, zeros = hashlib.sha256(), 0.0, 0
     for raw in model.read_pieces(tensor, _pieces(tensor)):
         if stop.is_set():
@@ -75,42 +80,50 @@ def survey(
         digest.update(raw)
         found, more_zeros = survey_weights(raw, tensor.dtype)
         if not np.isfinite(found):
-            return Surveyed(tensor, _explain_nonfinite(model, tensor, nonfinite))
+            reason = _explain_nonfinite(model, tensor, nonfinite)
+            return [Surveyed(tensor, choice.reason if choice.encoding == "raw" else reason) for choice in choices]
         largest, zeros = max(largest, found), zeros + more_zeros
         if energies is not None:
             energies.add(raw)
     exponent = choose_exponent(largest)
-    code: ScalarCode | TrellisCode
-    if energies is not None and choice.step is not None:
-        scales = row_scales(energies.energies, row, exponent)
-        code, encode = _fit_trellis(model, tensor, exponent, choice.step, scales, effort)
-        if not is_storable(code):
-            return Surveyed(tensor, f"its weights of up to {largest:g} are at an end of the range of floats")
-    else:
-        code, encode = _fit_scalar(model, tensor, exponent, choice.bits or 0, effort, make_encoder)
-    return Surveyed(tensor, choice.reason, digest.hexdigest(), code, encode, zeros)
+    scales = None if energies is None else row_scales(energies.energies, row, exponent)
+    sample = list(_sample(model, tensor))
+
+    def find_code(choice: Choice) -> Surveyed:
+        code: ScalarCode | TrellisCode
+        if choice.step is not None and scales is not None:
+            code, encode = _fit_trellis(tensor, sample, exponent, choice.step, scales, effort)
+            if not is_storable(code):
+                return Surveyed(tensor, f"its weights of up to {largest:g} are at an end of the range of floats")
+        elif choice.bits is not None:
+            code, encode = _fit_scalar(tensor, sample, exponent, choice.bits, effort, make_encoder)
+        else:
+            return Surveyed(tensor, choice.reason)
+        return Surveyed(tensor, choice.reason, digest.hexdigest(), code, encode, zeros)
+
+    return [find_code(choice) for choice in choices]
 
 
 def _fit_scalar(
-    model: ModelDir, tensor: SourceTensor, exponent: int, bits: int, effort: Effort, make_encoder: MakeEncoder
+    tensor: SourceTensor, sample: Sample, exponent: int, bits: int, effort: Effort, make_encoder: MakeEncoder
 ) -> tuple[ScalarCode, Encode]:
     from .kernels.fit import fit
 
     signs = sign_vector()
-    sample = b"".join(raw for _, raw in _sample(model, tensor))
-    code = ScalarCode(tensor.dtype, bits, exponent, fit(sample, tensor.dtype, exponent, signs, bits), signs, effort)
+    joined = b"".join(raw for _, raw in sample)
+    code = ScalarCode(tensor.dtype, bits, exponent, fit(joined, tensor.dtype, exponent, signs, bits), signs, effort)
     encode = make_encoder(code)
     return code, lambda raw, start: encode(raw)
 
 
 def _fit_trellis(
-    model: ModelDir, tensor: SourceTensor, exponent: int, step: float, scales: NDArray[np.uint8], effort: Effort
+    tensor: SourceTensor, sample: Sample, exponent: int, step: float, scales: NDArray[np.uint8], effort: Effort
 ) -> tuple[TrellisCode, Encode]:
     from .kernels.trellis import encoder, load_steps, search_segments
 
     row, states = row_of(tensor.shape), STATES[effort]
     code = plain_code(tensor.dtype, row, states, exponent, step, scales, sign_vector())
-    steps = np.concatenate([load_steps(raw, start, code) for start, raw in _sample(model, tensor)])
+    steps = np.concatenate([load_steps(raw, start, code) for start, raw in sample])
     segments = np.zeros((-(-len(steps) // SEGMENT), SEGMENT), np.float32)
     segments.ravel()[: len(steps)] = steps
     indices = search_segments(segments, np.float32(1), states)
@@ -123,7 +136,7 @@ def _pieces(tensor: SourceTensor) -> list[tuple[int, int]]:
 
 
 def _sample(model: ModelDir, tensor: SourceTensor) -> Iterator[tuple[int, bytes]]:
-    """The blocks that codebook or frequencies are fitted on: flat index of the first weight of a run, and its bytes."""
+    """The blocks that codebooks and frequencies are fitted on, run by run."""
     item_bytes = ITEM_BITS[tensor.dtype] // 8
     groups = sample_groups(count_blocks(tensor.numel))
     size = tensor.length if groups.step == GROUP else GROUP * BLOCK * item_bytes  # every block, or a group

@@ -95,10 +95,10 @@ def take_sample(model_dir: Path, limit: int) -> list[Part]:
         rows = min(tensor.numel, room) // columns if tensor.numel else 0
         if job.choices[tensor.name].bits is None or tensor.dtype != "BF16" or rows == 0:
             continue
-        codes = {}
-        for bits in (4, 5):
-            choice = Choice(bits, "benchmark")
-            found = survey(job.source.model, tensor, choice, "default", "error", Event(), encoder)
+        codes, widths = {}, (4, 5)
+        choices = [Choice(bits, "benchmark") for bits in widths]
+        surveyed = survey(job.source.model, tensor, choices, "default", "error", Event(), encoder)
+        for bits, found in zip(widths, surveyed, strict=True):
             assert isinstance(found.code, ScalarCode)
             codes[bits] = found.code
         size = 2 * rows * columns

@@ -140,7 +140,7 @@ def coder_loss(model_dir: Path, bpw: float) -> float:
         if job.choices[tensor.name].encoding != "trellis" or tensor.numel > 1 << 24:
             continue
         choice = Choice(None, "fidelity", 3.5 * 2.0**-bpw)
-        found = survey(job.source.model, tensor, choice, "default", "error", Event(), encoder)
+        (found,) = survey(job.source.model, tensor, [choice], "default", "error", Event(), encoder)
         assert isinstance(found.code, TrellisCode) and found.encode is not None
         raw = job.source.model.read(tensor, 0, tensor.length)
         stored = sum(map(len, found.encode(raw, 0).chunks)) + 2 * len(found.code.pairs)  # type: ignore[union-attr]

@@ -116,7 +116,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     honest = store._read_piece
 
-    def read_piece(model: object, of: store.Surveyed, *place: int) -> store.Piece:
+    def read_piece(model: object, of: store.Taken, *place: int) -> store.Piece:
         names.append(of.tensor.name)
         return honest(model, of, *place)  # type: ignore[arg-type]
 
@@ -239,18 +239,18 @@ def test_an_interrupt_keeps_what_a_checkpoint_had_secured(
     source: Path, new: bytes, out: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "CHECKPOINT_SECONDS", 0)
-    honest = store._write_quantized
+    honest = store._write_tensor
 
-    def interrupt_at_the_last(run: store.Run, of: store.Surveyed, code: object, pieces: object) -> object:
+    def interrupt_at_the_last(run: store.Run, of: store.Taken, pieces: object) -> None:
         if of.tensor.name == "z.weight":
             raise KeyboardInterrupt
-        return honest(run, of, code, pieces)  # type: ignore[arg-type]
+        honest(run, of, pieces)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(store, "_write_quantized", interrupt_at_the_last)
+    monkeypatch.setattr(store, "_write_tensor", interrupt_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         h.convert(source, out)
     assert sorted(path.name for path in out.parent.iterdir()) == ["o.hlwq.part", "o.hlwq.part.journal"]
-    monkeypatch.setattr(store, "_write_quantized", honest)
+    monkeypatch.setattr(store, "_write_tensor", honest)
     encoded.clear()
     h.convert(source, out)
     assert encoded == ["z.weight"]

@@ -24,11 +24,13 @@ from crash_harness import Died, Fault, memory_folder
 from crash_harness import run as run_with_fault
 
 import hlwq_convert as h
-from hlwq_convert import conversion, journal, resume, store
+from hlwq_convert import assembly, conversion, journal, resume, store
 from hlwq_formats import atomic, file_ops, interrupts, writer
 from hlwq_formats.interrupts import Gate, lift_gates, set_gates, uninterrupted
 
-FILES = {module.__file__ for module in (conversion, journal, resume, store, atomic, file_ops, interrupts, writer)}
+FILES = {
+    module.__file__ for module in (assembly, conversion, journal, resume, store, atomic, file_ops, interrupts, writer)
+}
 SIGNAL = signal.SIGUSR1
 Place = tuple[CodeType, int]
 
@@ -173,6 +175,47 @@ def test_a_signal_anywhere(source: Path, new: bytes, state: str, monkeypatch: py
                     assert out.read_bytes() == new
                     assert os.listdir(folder) == [out.name]
     assert results[out.name] < 100  # few places are behind the rename
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="since 3.12 tracing of single instructions misses some of them")
+@pytest.mark.parametrize("state", ["fresh", "with checkpoints"])
+def test_a_signal_anywhere_in_a_ladder(source: Path, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "CHECKPOINT_SECONDS", 3600 if state == "fresh" else 0)
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
+
+        def make(tracer: Tracer) -> dict[str, bytes]:
+            before = sys.gettrace()
+            sys.settrace(tracer)
+            try:
+                h.convert_ladder(source, Path(folder, "o.hlwq"), bits=(4, 5), workers=1, overwrite=True)
+            except Interrupted:
+                assert tracer.sent
+            finally:
+                sys.settrace(before)
+            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+        monkeypatch.setitem(globals(), "FILES", {assembly.__file__, conversion.__file__, writer.__file__})
+        tracer = Tracer()
+        new = make(tracer)
+        assert sorted(new) == ["o-4bit.hlwq", "o-5bit.hlwq"]
+        places = [place for place in tracer.seen if place[0].co_name not in ("put", "write", "_upper_bound", "step")]
+        assert len(places) > 150
+        results = Counter[int]()
+        for place in places:
+            for path in Path(folder).iterdir():
+                path.unlink()
+            left = make(Tracer(place, tracer.seen[place]))
+            published = {name for name in left if name.endswith(".hlwq")}
+            assert published in (set(), set(new)), (place, published)  # both or none
+            parts = {name for name in left if name.endswith(".part")}
+            assert not parts if state == "fresh" else parts in (set(), {f"{name}.part" for name in new})
+            assert {name for name in left if name.endswith(".journal")} == {f"{name}.journal" for name in parts}
+            assert all(left[name] == new[name] for name in published)
+            results[len(published)] += 1
+            if parts:
+                h.convert_ladder(source, Path(folder, "o.hlwq"), bits=(4, 5), workers=1)
+                assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == new
+        assert 0 < results[2] < 100  # few places are behind the renames
 
 
 # --- gates ------------------------------------------------------------------------------------------

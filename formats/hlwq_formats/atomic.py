@@ -182,6 +182,9 @@ class AtomicFile:
         except FileNotFoundError:
             return False
 
+    def _appeared(self) -> CannotCreate:
+        return CannotCreate("appeared while the conversion ran", file=self.path)
+
     def _locked(self) -> Locked:
         return Locked("another process is writing this output", file=self.part, hint="wait for it and try again")
 
@@ -225,19 +228,26 @@ class AtomicFile:
         except OSError as error:
             raise self._failed(error, size or 0) from None
 
+    def check_publishable(self) -> None:
+        """Raise what `publish` would raise for what has come or gone meanwhile."""
+        if not self._is_ours(self._fd):  # someone removed it, or one on another machine took it for dead
+            raise self._locked()
+        if self._overwrite:
+            check_destination(self.path, overwrite=True)
+        elif os.path.lexists(self.path):
+            raise self._appeared()
+
     @uninterrupted
     def publish(self) -> None:
         """Give the synced file its name. Without `overwrite` an existing file is never replaced."""
-        if not self._is_ours(self._fd):  # someone removed it, or one on another machine took it for dead
-            raise self._locked()
+        self.check_publishable()
         try:
             if self._overwrite:
-                check_destination(self.path, overwrite=True)
                 OPS.replace(self.part, self.path)
             else:
                 OPS.rename_new(self.part, self.path)
         except FileExistsError:
-            raise CannotCreate("appeared while the conversion ran", file=self.path) from None
+            raise self._appeared() from None
         except OSError as error:
             raise _cannot_create(self.path, error) from None
         self.published = True

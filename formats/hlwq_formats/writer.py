@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 
 from . import metadata as md
 from .atomic import AtomicFile
-from .errors import BadData, Internal, SelfCheckFailed, UnsupportedFeature
+from .errors import BadData, HlwqError, Internal, SelfCheckFailed, UnsupportedFeature
 from .interrupts import Gate, lift_gates, set_gates, uninterrupted
 from .layout import HEADER_LEN, Header, align, make_header, place_sections
 from .reader import Reader
@@ -127,7 +128,12 @@ class Writer:
         self.position = position
 
     def finish(self, metadata: md.Metadata, verify: Callable[[Reader], None] = Reader.verify) -> None:
-        """Write the metadata, verify the file through the public reader, commit and publish.
+        """`commit` and publish."""
+        self.commit(metadata, verify)
+        self.publish()
+
+    def commit(self, metadata: md.Metadata, verify: Callable[[Reader], None] = Reader.verify) -> None:
+        """Write the metadata, verify the file through the public reader and write the header: all but its name.
 
         A `verify` of one's own must read every section; it may raise SelfCheckFailed.
         """
@@ -141,7 +147,18 @@ class Writer:
         self._file.sync()
         if self._file.read(0, HEADER_LEN) != encoded:
             raise SelfCheckFailed("the written header does not read back; nothing was published")
+
+    def check_publishable(self) -> None:
+        """Raise what `publish` would raise for what has come or gone meanwhile."""
+        self._file.check_publishable()
+
+    def publish(self) -> None:
+        """Give the committed file its name."""
         self._file.publish()
+
+    def abandon(self) -> None:
+        """Remove what was written, before the `with` is left."""
+        self._file.abandon()
 
     def _write_metadata(self, metadata: md.Metadata) -> Header:
         document = md.encode(metadata)
@@ -172,3 +189,44 @@ class Writer:
         else:
             self._file.abandon()
         lift_gates(self._gates)
+
+
+class Writers:
+    """Several writers that are left together, as a single one is, when this `with` is left. Signals are not handled
+    between two of them, and their files get their names together."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    @uninterrupted
+    def enter(self, writer: Writer) -> Writer:
+        """Begin a file."""
+        return self._stack.enter_context(writer)
+
+    @uninterrupted
+    def publish(self, committed: Sequence[Writer]) -> None:
+        """Give all committed files their names, or none when something fails before the first has its own.
+
+        What fails later is raised when the others have theirs.
+        """
+        for writer in committed:
+            writer.check_publishable()
+        failure: HlwqError | None = None
+        for writer in committed:
+            try:
+                writer.publish()
+            except HlwqError as error:
+                failure = failure or error
+                if not any(one.published for one in committed):
+                    break
+        if failure is not None:
+            raise failure
+
+    def __enter__(self) -> Writers:
+        return self
+
+    @uninterrupted
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)  # the first last: it holds the signals back

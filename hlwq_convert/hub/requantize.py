@@ -96,7 +96,7 @@ def requantize(job: Job, work: Path, progress: Progress, *, dry_run: bool = Fals
     if job.evaluation is not None:
         _check_memory(sum(tensor.length for tensor in jobs[0][1].source.tensors))
     for f, prepared in missing:
-        conversion.run(prepared, work / f.name, overwrite=True, progress=progress)
+        conversion.run([prepared], [work / f.name], overwrite=True, progress=progress)
         result.warnings += prepared.warnings
     evaluations: dict[Path, Evaluation] = {}
     for f in job.file:
