@@ -3,6 +3,7 @@ tensors, and written in file order."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from functools import partial
 from itertools import groupby
 
 import msgspec
+import numpy as np
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import ITEM_BITS
@@ -19,6 +21,7 @@ from hlwq_formats.layout import BLOCK, scalar_lengths
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 from hlwq_formats.writer import Writer
 
+from .frequencies import add_counts, cost
 from .inspection import TensorReport
 from .metrics import ErrorSums
 from .parallel import call, ordered_map
@@ -126,6 +129,7 @@ def _write_quantized(
         _open_scalar(run.writer, of, code) if isinstance(code, ScalarCode) else _open_trellis(run.writer, of, code)
     )
     sums, checksums, finite = ErrorSums(), [], True
+    counts = np.zeros(2, np.int64)  # of the indices of a trellis
     for piece in pieces:
         chunk = piece.content
         assert not isinstance(chunk, bytes)
@@ -133,6 +137,8 @@ def _write_quantized(
         sums.add(chunk.sums)
         checksums.append(combine(chunk.checksums))
         finite &= all_finite(chunk.sums)
+        if isinstance(chunk, EncodedIndices):
+            counts = add_counts(counts, chunk.counts)
         run.step(piece.source_bytes)
     if not finite:
         raise CannotDecode("infinity")
@@ -143,7 +149,8 @@ def _write_quantized(
         share = f"{of.zeros} of {tensor.numel} weights are zero"
         run.warnings.append(f'tensor "{escape(tensor.name)}": {share}: was {escape(tensor.file)} fetched whole?')
     cosine, rel_mse = (None, None) if closeness is None else (closeness.cosine, closeness.rel_mse)
-    run.report.append(TensorReport(tensor.name, cosine, rel_mse))
+    entropy_bytes = math.ceil(cost(counts) / 8) if isinstance(code, TrellisCode) else None
+    run.report.append(TensorReport(tensor.name, cosine, rel_mse, entropy_bytes))
     run.checksums[tensor.name] = checksums
     return finish()
 
