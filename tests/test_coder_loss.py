@@ -103,7 +103,7 @@ def with_report(source: Path, target: Path, report: bytes) -> Path:
                 writer.write_section(section.kind, stored, compress=section.zstd is not md.UNSET)
         assets = [asset for asset in reader.metadata.assets if asset.name != md.REPORT]
         assets.append(md.Asset(md.REPORT, [writer.write_section("asset", report)]))
-        writer.finish(msgspec.structs.replace(reader.metadata, assets=assets))
+        writer.finish(msgspec.structs.replace(reader.metadata, assets=assets), lambda _: None)  # only the report is new
     return target
 
 
