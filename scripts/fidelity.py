@@ -24,7 +24,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import hlwq_convert as h
+from hlwq_convert.inspection import Inspection
 from hlwq_convert.job import prepare
+from hlwq_formats.metadata import all_sections
+from hlwq_formats.reader import Reader
 
 Row = dict[str, Any]
 
@@ -91,9 +94,20 @@ class Bench:
         seconds = time.monotonic() - began
         size = sum(tensor.bytes for tensor in found.tensors if tensor.name in self.names)
         row = self._row(name, size, h.load_state_dict(self._out), seconds)
-        # bits of the file that are not in the matrices, and what the coder loses
-        overhead = (found.bpw or 0) - row["bits"]
-        return row | {"options": options, "overhead": overhead, "coder_loss_bpw": found.summary.coder_loss_bpw}
+        # bits of the file that are not in the matrices
+        return row | {"options": options, "overhead": (found.bpw or 0) - row["bits"], **self._beyond_entropy(found)}
+
+    def _beyond_entropy(self, found: Inspection) -> Row:
+        """What a trellis stores beyond the entropy of its indices, in bits a weight; nothing for scalar codes."""
+        entropy = sum(tensor.entropy_bytes or 0 for tensor in found.tensors)
+        if entropy == 0:
+            return {}
+        lengths = {"scales": 0, "frequencies": 0, "symbols": -entropy}
+        with Reader(self._out) as reader:
+            for _, name, section in all_sections(reader.metadata):
+                if name in self.names:
+                    lengths[section.kind] += section.length
+        return {"beyond_entropy": {kind: 8 * length / self.weights for kind, length in lengths.items()}}
 
     def peer(self, peer: Peer) -> Row:
         """The row of another quantizer."""
@@ -177,9 +191,12 @@ def print_table(rows: list[Row], missing: list[str]) -> None:
     for row in sorted(rows, key=lambda r: r["bits"]):
         cells = [format(row[key], form) for _, key, form in columns]
         print(f"| {row['name']} | " + " | ".join(cells) + " |")
-    losses = sorted((row["bits"], row["coder_loss_bpw"]) for row in rows if row.get("coder_loss_bpw"))
-    print("\nloss of the coder, bits a weight: " + ", ".join(f"{loss:.4f} at {bits:.2f}" for bits, loss in losses))
-    print("not measured: " + (", ".join(missing) or "nothing"))
+    print("\n| bits beyond the entropy | scales | frequencies | symbols | dB at the entropy |\n|---|---|---|---|---|")
+    for row in (row for row in rows if "beyond_entropy" in row):
+        parts = row["beyond_entropy"]
+        gap = shannon_gap(row["bits"] - sum(parts.values()), row["error"])
+        print(f"| {row['name']} | " + " | ".join(f"{part:.4f}" for part in parts.values()) + f" | {gap:.3f} |")
+    print("\nnot measured: " + (", ".join(missing) or "nothing"))
     print(f"of another model, bits and error: {ANOTHER_MODELS}")
 
 

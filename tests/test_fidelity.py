@@ -38,8 +38,11 @@ def test_rows_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     gaps = [rows[name]["gap_db"] for name in ("trellis 4.5, best", "trellis 4.5", "trellis 4.5, fast", "scalar 5")]
     assert gaps == sorted(gaps)
     assert 0.2 < gaps[0] < 0.6
-    assert 0 < rows["trellis 4.5"]["coder_loss_bpw"] < 0.03
-    assert rows["scalar 5"]["coder_loss_bpw"] is None
+    beyond = rows["trellis 4.5"]["beyond_entropy"]
+    assert 0 < beyond["scales"] < 8 / 384
+    assert 0 < beyond["symbols"] < 0.01
+    assert 0 < beyond["frequencies"] < 0.02
+    assert "beyond_entropy" not in rows["scalar 5"]
     assert rows["scalar 5"]["cosine"] == pytest.approx(1 - rows["scalar 5"]["error"] / 2, abs=1e-4)
     assert rows["scalar 5"]["sqnr_db"] == pytest.approx(27, abs=0.3)
     fidelity.print_table(found, missing)
