@@ -45,6 +45,13 @@ def cost(counts: NDArray[np.int64]) -> float:
     return bits / (1 << _FRACTION) + float(counts[1:].sum())
 
 
+def add_counts(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The counts of two runs of indices together."""
+    if len(a) < len(b):
+        a, b = b, a
+    return a + np.pad(b, (0, len(a) - len(b)))
+
+
 def fit_pairs(counts: NDArray[np.int64]) -> NDArray[np.uint16]:
     """The frequencies of |m| = 0, 1, ... for indices with these counts: m and -m share one (spec section 6.7).
 

@@ -20,13 +20,15 @@ QUANTIZED = ("scalar", "trellis")
 _ENTRY_LIMIT = 4096  # bytes of the report for each tensor: a name and two numbers take less
 
 
-class TensorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TensorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The error of one quantized tensor, measured on its decoded weights while converting; null for a tensor of
-    zeros, which there is nothing to be close to."""
+    zeros, which there is nothing to be close to. For a trellis, also what its indices take at least (frequencies.cost),
+    in whole bytes."""
 
     name: str
     cosine: float | None
     rel_mse: float | None
+    entropy_bytes: int | None = None
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,7 +46,13 @@ class Place(msgspec.Struct, frozen=True):
 
 class TensorInfo(msgspec.Struct, frozen=True):
     """One tensor; `bytes` are its sections without padding, `bits` the width of fixed-rate codes; the errors are null
-    where nothing was measured."""
+    where nothing was measured.
+
+    `entropy_bytes` are what the indices of a trellis take at least when each is coded by itself, with the best static
+    table for even ones and the best for odd ones, in which m and -m are equally frequent: the order-0 entropy of the
+    indices that are stored, the padding of the last block among them. `coder_loss` is the part that their symbols and
+    frequencies take beyond, 0.01 for 1 %: tables, escapes, the states of the lanes, and rounding.
+    """
 
     name: str
     shape: list[int]
@@ -57,11 +65,14 @@ class TensorInfo(msgspec.Struct, frozen=True):
     cosine: float | None = None
     sqnr_db: float | None = None
     rel_mse: float | None = None
+    entropy_bytes: int | None = None
+    coder_loss: float | None = None
 
 
 class Summary(msgspec.Struct, frozen=True):
     """Totals over a file; `bytes_by_encoding` sums to its size. `unreported` counts quantized tensors without an
-    entry in the report."""
+    entry in the report. `coder_loss` is that of all tensors whose entropy is known, as a part of it, and
+    `coder_loss_bpw` in bits for each of their weights."""
 
     quantized: int
     raw: int
@@ -71,6 +82,8 @@ class Summary(msgspec.Struct, frozen=True):
     cosine_mean: float | None
     sqnr_db_mean: float | None
     bytes_by_encoding: dict[str, int]
+    coder_loss: float | None = None
+    coder_loss_bpw: float | None = None
 
 
 class Provenance(msgspec.Struct, frozen=True):
@@ -145,19 +158,21 @@ def _read_report(reader: Reader) -> Report:
     their order, its numbers in range."""
     if md.REPORT not in reader.assets:
         return Report([])
-    names = [t.name for t in reader.metadata.tensors if isinstance(t, md.QuantizedTensor)]
-    size, limit = md.raw_length(reader.assets[md.REPORT].sections[0]), _ENTRY_LIMIT * (len(names) + 1)
+    tensors = [t for t in reader.metadata.tensors if isinstance(t, md.QuantizedTensor)]
+    size, limit = md.raw_length(reader.assets[md.REPORT].sections[0]), _ENTRY_LIMIT * (len(tensors) + 1)
     if size > limit:
-        raise BadMetadata(f"{md.REPORT} of {size} bytes, at most {limit} for {len(names)} tensors", file=reader.path)
+        raise BadMetadata(f"{md.REPORT} of {size} bytes, at most {limit} for {len(tensors)} tensors", file=reader.path)
     try:
         report = msgspec.json.decode(reader.read_asset(md.REPORT), type=Report)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise BadMetadata(f"{md.REPORT}: {escape(str(error))}", file=reader.path) from None
-    if [entry.name for entry in report.tensors] != names:
+    if [entry.name for entry in report.tensors] != [tensor.name for tensor in tensors]:
         raise BadMetadata(f"{md.REPORT} does not list the quantized tensors in their order", file=reader.path)
-    for entry in report.tensors:
+    for entry, tensor in zip(report.tensors, tensors, strict=True):
         cosine, rel_mse = entry.cosine, entry.rel_mse
-        if (cosine is None) != (rel_mse is None) or not (-1 <= (cosine or 0) <= 1 and 0 <= (rel_mse or 0) < math.inf):
+        possible = -1 <= (cosine or 0) <= 1 and 0 <= (rel_mse or 0) < math.inf
+        possible &= 0 <= (entry.entropy_bytes or 0) <= _coded_bytes(tensor)
+        if (cosine is None) != (rel_mse is None) or not possible:
             raise BadMetadata(f"{md.REPORT} holds impossible numbers", file=reader.path, tensor=entry.name)
     return report
 
@@ -191,6 +206,8 @@ def describe(
     weights = sum(numel(t.shape) for t in tensors if t.encoding != "alias")
     cosines = [t.cosine for t in tensors if t.cosine is not None]
     sqnrs = [t.sqnr_db for t in tensors if t.sqnr_db is not None]
+    coded = [t for t in metadata.tensors if (entry := errors.get(t.name)) and entry.entropy_bytes is not None]
+    loss, loss_bpw = _loss_of_all(coded, sum(t.entropy_bytes or 0 for t in tensors))
     summary = Summary(
         quantized=sum(t.encoding in QUANTIZED for t in tensors),
         raw=sum(t.encoding == "raw" for t in tensors),
@@ -200,6 +217,8 @@ def describe(
         cosine_mean=sum(cosines) / len(cosines) if cosines else None,
         sqnr_db_mean=sum(sqnrs) / len(sqnrs) if sqnrs else None,
         bytes_by_encoding=by_encoding,
+        coder_loss=loss,
+        coder_loss_bpw=loss_bpw,
     )
     return Inspection(
         file=printable(file),
@@ -215,6 +234,22 @@ def describe(
         summary=summary,
         warnings=warnings,
     )
+
+
+def _coded_bytes(tensor: md.Tensor) -> int:
+    """Stored bytes that the entropy of indices is compared with: symbols and their frequencies."""
+    if isinstance(tensor, md.AliasTensor):
+        return 0
+    return sum(section.length for section in tensor.sections if section.kind in ("symbols", "frequencies"))
+
+
+def _loss_of_all(tensors: list[md.Tensor], entropy: int) -> tuple[float | None, float | None]:
+    """What the coder loses on tensors whose indices take `entropy` bytes at least: as a part of them, and in bits a
+    weight."""
+    if not entropy:
+        return None, None
+    over = sum(map(_coded_bytes, tensors)) - entropy
+    return over / entropy, 8 * over / sum(numel(t.shape) for t in tensors)
 
 
 def _lookalikes(names: list[str]) -> list[str]:
@@ -240,9 +275,12 @@ def _describe_tensor(tensor: md.Tensor, error: TensorReport | None) -> TensorInf
         case md.TrellisTensor():
             encoding, bits = "trellis", None
     stored = sum(section.length for section in tensor.sections)
+    entropy = error.entropy_bytes if error else None
     return TensorInfo(
         tensor.name, tensor.shape, tensor.dtype, encoding, bits, 8 * stored / n if n else None, stored, tensor.reason,
         cosine=error.cosine if error else None,
         sqnr_db=sqnr_db(error.rel_mse) if error and error.rel_mse is not None else None,
         rel_mse=error.rel_mse if error else None,
+        entropy_bytes=entropy,
+        coder_loss=_coded_bytes(tensor) / entropy - 1 if entropy else None,
     )  # fmt: skip

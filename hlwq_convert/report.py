@@ -83,6 +83,10 @@ def totals(inspection: Inspection) -> str:
             f"cosine min {s.cosine_min:.5f}, mean {number(s.cosine_mean, '.5f')}; "
             f"SQNR mean {number(s.sqnr_db_mean, '.2f')} dB",
         )
+    if s.coder_loss is not None:
+        lines.append(
+            f"coder: {s.coder_loss:.2%} or {s.coder_loss_bpw:.4f} bits a weight above the entropy of its symbols"
+        )
     if inspection.content_id is not None:
         tool = inspection.metadata.tool
         lines.append(f"format {inspection.format_version}, {escape(tool.name)} {escape(tool.version)}")

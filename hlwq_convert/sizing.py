@@ -29,7 +29,7 @@ def weights_of(job: Job, aliases: dict[str, str]) -> int:
 def planned_assets(job: Job, choices: Choices) -> list[md.Asset]:
     """The assets as they will be stored, with a report that takes about as many bytes as the real one."""
     assets = [_asset(name, job.source.read_asset(name)) for name, _ in job.source.assets]
-    quantized = [t.name for t in job.source.tensors if choices[t.name].encoding != "raw"]
+    quantized = [(t.name, choices[t.name]) for t in job.source.tensors if choices[t.name].encoding != "raw"]
     return [*assets, _asset(md.REPORT, md.encode(_placeholder_report(quantized)))]
 
 
@@ -84,10 +84,20 @@ def _asset(name: str, data: bytes) -> md.Asset:
     return md.Asset(name, [make_section("asset", data, compress=True)[0]])
 
 
-def _placeholder_report(names: list[str]) -> Report:
+def _placeholder_report(quantized: list[tuple[str, Choice]]) -> Report:
     """Numbers that take about as many compressed bytes as measured ones."""
 
     def digits(name: str) -> int:
         return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16)
 
-    return Report([TensorReport(n, 0.999 + digits(n) * 1e-18, 0.002 + digits(n + "#") * 1e-18) for n in names])
+    return Report(
+        [
+            TensorReport(
+                name,
+                0.999 + digits(name) * 1e-18,
+                0.002 + digits(name + "#") * 1e-18,
+                digits(name) % 10**6 if choice.step is not None else None,
+            )
+            for name, choice in quantized
+        ]
+    )

@@ -3,6 +3,7 @@ each container, in one stream over all tensors, and written in file order."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from functools import partial
 from itertools import groupby
 
 import msgspec
+import numpy as np
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import ITEM_BITS
@@ -19,6 +21,7 @@ from hlwq_formats.layout import BLOCK, scalar_lengths
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 from hlwq_formats.writer import Writer
 
+from .frequencies import add_counts, cost
 from .inspection import TensorReport
 from .journal import Journal
 from .metrics import ErrorSums
@@ -179,14 +182,17 @@ def _open_quantized(
         else _open_trellis(output.writer, of, code)
     )
     sums, checksums, finite = ErrorSums(), list[int](), True
+    counts = np.zeros(2, np.int64)  # of the indices of a trellis
 
     def put(chunk: Content) -> None:
-        nonlocal finite
+        nonlocal counts, finite
         assert not isinstance(chunk, bytes)
         store(chunk)
         sums.add(chunk.sums)
         checksums.append(combine(chunk.checksums))
         finite &= all_finite(chunk.sums)
+        if isinstance(chunk, EncodedIndices):
+            counts = add_counts(counts, chunk.counts)
 
     def finish() -> md.QuantizedTensor:
         if not finite:
@@ -198,7 +204,8 @@ def _open_quantized(
             share = f"{of.zeros} of {tensor.numel} weights are zero"
             output.warnings.append(f'tensor "{escape(tensor.name)}": {share}: was {escape(tensor.file)} fetched whole?')
         cosine, rel_mse = (None, None) if closeness is None else (closeness.cosine, closeness.rel_mse)
-        output.report.append(TensorReport(tensor.name, cosine, rel_mse))
+        entropy_bytes = math.ceil(cost(counts) / 8) if isinstance(code, TrellisCode) else None
+        output.report.append(TensorReport(tensor.name, cosine, rel_mse, entropy_bytes))
         output.checksums[tensor.name] = checksums
         return make_entry()
 

@@ -67,6 +67,7 @@ class EncodedIndices:
     """The stored form of a run of blocks, and what was measured on its decoding, for each block."""
 
     chunks: list[bytes]  # of rans.CHUNK indices each, the last shorter
+    counts: NDArray[np.int64]  # of the magnitudes 0, 1, ... of all indices
     sums: NDArray[np.float32]  # (4, n_blocks), as in quantize.EncodedChunk
     checksums: NDArray[np.uint32]  # (n_blocks,)
 
@@ -221,7 +222,8 @@ def quantize(raw: bytes, start: int, code: TrellisCode) -> EncodedIndices:
     restored = to_blocks(widen(decoded.tobytes(), code.dtype) * to_unit)
     tables = rans.make_tables(code.pairs)
     chunks = [rans.encode(indices[at : at + rans.CHUNK], tables) for at in range(0, len(indices), rans.CHUNK)]
-    return EncodedIndices(chunks, measure_blocks(to_blocks(weights), restored), block_checksums(decoded))
+    sums, counts = measure_blocks(to_blocks(weights), restored), count_magnitudes(indices)
+    return EncodedIndices(chunks, counts, sums, block_checksums(decoded))
 
 
 def dequantize(indices: NDArray[np.int32], start: int, code: TrellisCode, count: int) -> NDArray[np.float32]:

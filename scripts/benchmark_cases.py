@@ -27,8 +27,11 @@ from hlwq_convert.job import prepare
 from hlwq_convert.plan import Choice
 from hlwq_convert.quantize import CHUNK, ScalarCode
 from hlwq_convert.survey import survey
+from hlwq_convert.trellis import STATES, TrellisCode
+from hlwq_formats.rans import CHUNK as RANS_CHUNK
 
 BITS = 5  # of every conversion
+TRELLIS_STEP = 0.108  # about as many bits
 Bits16 = NDArray[np.uint16]
 
 
@@ -74,6 +77,7 @@ class Part:
     """The first rows of one tensor that is quantized, in the chunks in which a conversion encodes it."""
 
     codes: dict[int, ScalarCode]  # by bits
+    trellises: dict[int, TrellisCode]  # by states
     columns: int
     chunks: list[bytes]
 
@@ -101,10 +105,16 @@ def take_sample(model_dir: Path, limit: int) -> list[Part]:
         for bits, found in zip(widths, surveyed, strict=True):
             assert isinstance(found.code, ScalarCode)
             codes[bits] = found.code
+        trellises = {}
+        for effort, states in STATES.items():
+            choice = Choice(None, "benchmark", TRELLIS_STEP)
+            found = survey(job.source.model, tensor, choice, effort, "error", Event(), encoder)
+            assert isinstance(found.code, TrellisCode)
+            trellises[states] = found.code
         size = 2 * rows * columns
         starts = range(0, size, 2 * CHUNK)
         chunks = [job.source.model.read(tensor, start, min(2 * CHUNK, size - start)) for start in starts]
-        parts.append(Part(codes, columns, chunks))
+        parts.append(Part(codes, trellises, columns, chunks))
     if not parts:
         sys.exit("no bfloat16 tensor of this model is quantized: nothing to measure on")
     return parts
@@ -139,6 +149,7 @@ def kernel_cases(parts: Sequence[Part], pool: ThreadPoolExecutor, workers: int) 
             encoders = [(encoder(replace(part.codes[bits], effort=effort)), part.chunks) for part in parts]
             tasks = [partial(encode, raw) for encode, chunks in encoders for raw in chunks]
             yield Case(f"encode kernel {bits} bits {effort}", partial(do, tasks), n, workers, "with the measured error")
+    yield from _trellis_cases(parts, target, do, workers)
     for bits in (4, 5):
         tasks, at = [], 0
         for part in parts:
@@ -150,6 +161,40 @@ def kernel_cases(parts: Sequence[Part], pool: ThreadPoolExecutor, workers: int) 
                 tasks.append(partial(decode, bytes(chunk.codes), scales, target[at:end]))
                 at = end
         yield Case(f"decode kernel {bits} bits", partial(do, tasks), n, workers, "to bf16, into memory in use before")
+
+
+def _trellis_cases(
+    parts: Sequence[Part], target: Bits16, do: Callable[[Iterable[Callable[[], object]]], None], workers: int
+) -> Iterator[Case]:
+    """The encoder of a trellis by states, its decoder, and its entropy coder alone, on the weights of `parts`."""
+    from hlwq_convert.kernels.rans import KernelTables
+    from hlwq_convert.kernels.rans import encode as encode_indices
+    from hlwq_convert.kernels.trellis import decoder, encoder, find_indices
+
+    n = len(target)
+    starts = [(part, [CHUNK * i for i in range(len(part.chunks))]) for part in parts]
+    for states in STATES.values():
+        tasks = [
+            partial(encode, raw, start)
+            for part, firsts in starts
+            for encode in [encoder(part.trellises[states])]
+            for raw, start in zip(part.chunks, firsts, strict=True)
+        ]
+        yield Case(f"encode trellis {states} states", partial(do, tasks), n, workers, "with the measured error")
+    least, at = min(STATES.values()), 0  # the states change neither the decoder's work nor that of the entropy coder
+    decoding, coding = [], []
+    for part, firsts in starts:
+        code = part.trellises[least]
+        encode, decode, tables = encoder(code), decoder(code, "BF16"), KernelTables(code.pairs)
+        for raw, start in zip(part.chunks, firsts, strict=True):
+            end, indices = at + len(raw) // 2, find_indices(raw, start, code)
+            for i, chunk in enumerate(encode(raw, start).chunks):
+                place = slice(at + RANS_CHUNK * i, min(at + RANS_CHUNK * (i + 1), end))
+                decoding.append(partial(decode, chunk, start + RANS_CHUNK * i, target[place]))
+                coding.append(partial(encode_indices, indices[RANS_CHUNK * i : RANS_CHUNK * (i + 1)], tables))
+            at = end
+    yield Case("encode trellis, rANS alone", partial(do, coding), n, workers, "indices in memory", takes=4 * n)
+    yield Case("decode trellis", partial(do, decoding), n, workers, "to bf16, into memory in use before")
 
 
 class Conversions:

@@ -67,6 +67,8 @@ def make_targets(cases: Mapping[str, Case], places: Sequence[str], *, judge: boo
     for bits in (4, 5):
         name = f"decode kernel {bits} bits"
         found.append(Target(f"{name} / memcpy", 0.15, ratio(rate(name), copy)))
+    trellis = (("encode trellis 8 states", 0.018), ("encode trellis 32 states", 0.006), ("decode trellis", 0.08))
+    found += [Target(f"{name} / memcpy", wanted, ratio(rate(name), copy)) for name, wanted in trellis]
     for effort in ("fast", "default"):
         name = convert(effort, place)
         found.append(Target(f"{name} / encode kernel", 0.6, ratio(rate(name), rate(kernel(effort)))))

@@ -13,26 +13,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
 import torch
+from fidelity_peers import PEERS, Peer, Weights, why_not
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import hlwq_convert as h
-from hlwq_convert.frequencies import cost, count_magnitudes
+from hlwq_convert.inspection import Inspection
 from hlwq_convert.job import prepare
-from hlwq_convert.kernels.encode import encoder
-from hlwq_convert.kernels.trellis import find_indices
-from hlwq_convert.plan import Choice
-from hlwq_convert.survey import survey
-from hlwq_convert.trellis import TrellisCode
+from hlwq_formats.metadata import all_sections
+from hlwq_formats.reader import Reader
 
-Weights = dict[str, torch.Tensor]
 Row = dict[str, Any]
 
 SENTENCES = (
@@ -53,63 +49,80 @@ def shannon_gap(bits: float, error: float) -> float:
     return 10 * math.log10(error) + 20 * math.log10(2) * bits
 
 
-def weight_error(source: Weights, other: Weights, names: list[str]) -> float:
-    """Squared error over squared norm, all tensors together."""
-    error = sum(float(((other[n].double() - source[n].double()) ** 2).sum()) for n in names)
-    return error / sum(float((source[n].double() ** 2).sum()) for n in names)
+def closeness(source: Weights, other: Weights, names: list[str]) -> tuple[float, float]:
+    """Squared error over squared norm, and cosine, of all tensors together."""
+    error = product = energy = restored = 0.0
+    for name in names:
+        a, b = source[name].double(), other[name].double()
+        error, product = error + float(((b - a) ** 2).sum()), product + float((a * b).sum())
+        energy, restored = energy + float((a**2).sum()), restored + float((b**2).sum())
+    return error / energy, product / math.sqrt(energy * restored)
 
 
-def ours(model_dir: Path, names: list[str], folder: Path) -> Iterator[tuple[str, float, Weights, float]]:
-    """(name, bits of the sections of `names`, all weights, seconds) of files of this tool."""
-    wanted: list[tuple[str, dict[str, Any]]] = [
-        *((f"scalar {bits}", {"bits": bits}) for bits in (3, 4, 5, 6)),
-        ("scalar 5, fast", {"bits": 5, "effort": "fast"}),
-        *((f"trellis {bpw:g}", {"bpw": bpw}) for bpw in (2.25, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6)),
-        *((f"trellis {bpw:g}, {e}", {"bpw": bpw, "effort": e}) for bpw in (3, 4.5, 5.5) for e in ("fast", "best")),
-    ]
-    for name, options in wanted:
+OURS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *((f"scalar {bits}", {"bits": bits}) for bits in range(2, 9)),
+    ("scalar 5, fast", {"bits": 5, "effort": "fast"}),
+    *((f"trellis {bpw:g}", {"bpw": bpw}) for bpw in (2.25, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6)),
+    *((f"trellis {bpw:g}, {e}", {"bpw": bpw, "effort": e}) for bpw in (3, 4.5, 5.5) for e in ("fast", "best")),
+)
+
+
+class Bench:
+    """A model, and how far what it is turned into lies from it."""
+
+    def __init__(self, model_dir: Path, folder: Path, *, with_output: bool) -> None:
+        self.model_dir, self._out = model_dir, folder / "file.hlwq"
+        self._source: Weights = {}
+        for shard in sorted(model_dir.glob("*.safetensors")):
+            self._source.update(load_file(shard))
+        choices = prepare(model_dir, bpw=4.5).choices
+        self.names = [name for name, choice in choices.items() if choice.encoding == "trellis"]
+        self.weights = sum(self._source[name].numel() for name in self.names)
+        self._run = hidden_states(model_dir) if with_output else None
+        self._exact = self._run(self._source) if self._run is not None else None
+
+    def ours(self, name: str, options: dict[str, Any]) -> Row | None:
+        """The row of a file of this tool, None where none can be made."""
         began = time.monotonic()
-        if "bits" in options and any("embed" in each for each in names):
-            options["sets"] = ["embed=" + str(options["bits"])]
+        if "bits" in options and any("embed" in each for each in self.names):
+            options = {**options, "sets": [f"embed={options['bits']}"]}
         try:
-            found = h.convert(model_dir, folder / "file.hlwq", overwrite=True, **options)
+            found = h.convert(self.model_dir, self._out, overwrite=True, **options)
         except h.HlwqError as error:
             print(f"{name}: {error}", file=sys.stderr)
-            continue
+            return None
         seconds = time.monotonic() - began
-        tensors = [t for t in found.tensors if t.name in names]
-        bits = 8 * sum(t.bytes for t in tensors) / sum(math.prod(t.shape) for t in tensors)
-        yield name, bits, h.load_state_dict(folder / "file.hlwq"), seconds
+        size = sum(tensor.bytes for tensor in found.tensors if tensor.name in self.names)
+        row = self._row(name, size, h.load_state_dict(self._out), seconds)
+        # bits of the file that are not in the matrices
+        return row | {"options": options, "overhead": (found.bpw or 0) - row["bits"], **self._beyond_entropy(found)}
 
+    def _beyond_entropy(self, found: Inspection) -> Row:
+        """What a trellis stores beyond the entropy of its indices, in bits a weight; nothing for scalar codes."""
+        entropy = sum(tensor.entropy_bytes or 0 for tensor in found.tensors)
+        if entropy == 0:
+            return {}
+        lengths = {"scales": 0, "frequencies": 0, "symbols": -entropy}
+        with Reader(self._out) as reader:
+            for _, name, section in all_sections(reader.metadata):
+                if name in self.names:
+                    lengths[section.kind] += section.length
+        return {"beyond_entropy": {kind: 8 * length / self.weights for kind, length in lengths.items()}}
 
-def peers(source: Weights, names: list[str]) -> Iterator[tuple[str, float, Weights, float]]:
-    """The same of other quantizers, in memory."""
-    import gguf
+    def peer(self, peer: Peer) -> Row:
+        """The row of another quantizer."""
+        matrices, began = {name: self._source[name].float() for name in self.names}, time.monotonic()
+        restored, size = peer.quantize(matrices)
+        return self._row(peer.name, size, self._source | restored, time.monotonic() - began) | {"peer": peer.package}
 
-    for kind in ("Q4_0", "Q5_0", "Q8_0"):
-        number, size, began = gguf.GGMLQuantizationType[kind], 0, time.monotonic()
-        changed = dict(source)
-        for name in names:
-            coded = gguf.quants.quantize(source[name].float().numpy(), number)
-            size += coded.nbytes
-            changed[name] = torch.from_numpy(gguf.quants.dequantize(coded, number))
-        yield f"gguf-py {kind}", bits_of(size, source, names), changed, time.monotonic() - began
-    try:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    except ImportError:
-        print("bitsandbytes is not installed: no NF4", file=sys.stderr)
-        return
-    size, began, changed = 0, time.monotonic(), dict(source)
-    for name in names:
-        coded, state = quantize_4bit(source[name].float(), blocksize=64, quant_type="nf4", compress_statistics=True)
-        size += coded.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-        changed[name] = dequantize_4bit(coded, state)
-    yield "bitsandbytes NF4, double", bits_of(size, source, names), changed, time.monotonic() - began
-
-
-def bits_of(size: int, source: Weights, names: list[str]) -> float:
-    """Bits a weight of so many bytes."""
-    return 8 * size / sum(source[name].numel() for name in names)
+    def _row(self, name: str, size: int, weights: Weights, seconds: float) -> Row:
+        bits, (error, cosine) = 8 * size / self.weights, closeness(self._source, weights, self.names)
+        row: Row = {"name": name, "bits": bits, "error": error, "sqnr_db": -10 * math.log10(error), "cosine": cosine}
+        row |= {"gap_db": shannon_gap(bits, error), "seconds": seconds}
+        if self._run is not None and self._exact is not None:
+            row["output_error"] = float(((self._run(weights) - self._exact) ** 2).sum() / (self._exact**2).sum())
+        print(" | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()), file=sys.stderr)
+        return row
 
 
 def hidden_states(model_dir: Path) -> Callable[[Weights], NDArray[np.float64]]:
@@ -133,22 +146,6 @@ def hidden_states(model_dir: Path) -> Callable[[Weights], NDArray[np.float64]]:
     return run
 
 
-def coder_loss(model_dir: Path, bpw: float) -> float:
-    """Bits a weight of the symbols beyond the entropy of their indices, over tensors of at most 2**24 weights."""
-    job, over, count = prepare(model_dir, bpw=bpw), 0.0, 0
-    for tensor in job.source.tensors:
-        if job.choices[tensor.name].encoding != "trellis" or tensor.numel > 1 << 24:
-            continue
-        choice = Choice(None, "fidelity", 3.5 * 2.0**-bpw)
-        (found,) = survey(job.source.model, tensor, [choice], "default", "error", Event(), encoder)
-        assert isinstance(found.code, TrellisCode) and found.encode is not None
-        raw = job.source.model.read(tensor, 0, tensor.length)
-        stored = sum(map(len, found.encode(raw, 0).chunks)) + 2 * len(found.code.pairs)  # type: ignore[union-attr]
-        over += 8 * stored - cost(count_magnitudes(find_indices(raw, 0, found.code)))
-        count += tensor.numel
-    return over / count
-
-
 def gaussian(folder: Path) -> Path:
     """A model directory of one matrix."""
     folder.mkdir()
@@ -158,63 +155,72 @@ def gaussian(folder: Path) -> Path:
     return folder
 
 
-def measure(model_dir: Path, folder: Path, *, with_peers: bool, with_output: bool) -> list[Row]:
-    """A row for each way to store the matrices."""
-    source: Weights = {}
-    for shard in sorted(model_dir.glob("*.safetensors")):
-        source.update(load_file(shard))
-    choices = prepare(model_dir, bpw=4.5).choices
-    names = [name for name, choice in choices.items() if choice.encoding == "trellis"]
-    run = hidden_states(model_dir) if with_output else None
-    exact = run(source) if run is not None else None
-    rows: list[Row] = []
-    for group in (ours(model_dir, names, folder), peers(source, names) if with_peers else ()):
-        for name, bits, weights, seconds in group:
-            error = weight_error(source, weights, names)
-            row: Row = {"name": name, "bits": bits, "error": error, "gap_db": shannon_gap(bits, error)}
-            if run is not None and exact is not None:
-                row["output_error"] = float(((run(weights) - exact) ** 2).sum() / (exact**2).sum())
-            rows.append({**row, "seconds": seconds})
-            print(
-                " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in rows[-1].values()), file=sys.stderr
-            )
-    return rows
+def measure(
+    model_dir: Path, folder: Path, peers: Sequence[Peer], *, with_output: bool, ours: Sequence[tuple[str, Any]] = OURS
+) -> tuple[list[Row], list[str]]:
+    """A row for each way to store the matrices, and what could not be measured and why.
+
+    The trellis also gets the size of every peer of less than 7 bits, to be compared at equal bits.
+    """
+    bench = Bench(model_dir, folder, with_output=with_output)
+    rows = [row for name, options in ours if (row := bench.ours(name, options)) is not None]
+    missing = []
+    for peer in peers:
+        if (why := why_not(peer, bench.weights)) is not None:
+            missing.append(f"{peer.name} ({why})")
+            continue
+        rows.append(row := bench.peer(peer))
+        overhead = next((r["overhead"] for r in rows if "bpw" in r.get("options", ())), None)
+        if overhead is not None and row["bits"] < 7:
+            equal = bench.ours(f"trellis, size of {peer.name}", {"bpw": round(row["bits"] + overhead, 3)})
+            rows += [] if equal is None else [equal]
+    return rows, missing
 
 
-def print_table(rows: list[Row]) -> None:
-    """Markdown, by size."""
-    output = any("output_error" in row for row in rows)
-    columns = [
-        "",
-        "bits a weight",
-        "error of weights",
-        "dB above the bound",
-        *(["error of the output"] if output else []),
-        "s",
-    ]
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("bits a weight", "bits", ".3f"), ("error of weights", "error", ".6f"), ("SQNR, dB", "sqnr_db", ".2f"),
+    ("cosine", "cosine", ".5f"), ("dB above the bound", "gap_db", ".2f"),
+    ("error of the output", "output_error", ".5f"), ("s", "seconds", ".1f"),
+)  # fmt: skip
+
+
+def print_table(rows: list[Row], missing: list[str]) -> None:
+    """Markdown, by size; below it what is not in it."""
+    columns = [column for column in COLUMNS if any(column[1] in row for row in rows)]
+    print("| | " + " | ".join(title for title, _, _ in columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for row in sorted(rows, key=lambda r: r["bits"]):
-        cells = [row["name"], f"{row['bits']:.3f}", f"{row['error']:.6f}", f"{row['gap_db']:.2f}"]
-        cells += [f"{row['output_error']:.5f}"] if output else []
-        print("| " + " | ".join([*cells, f"{row['seconds']:.1f}"]) + " |")
+        cells = [format(row[key], form) for _, key, form in columns]
+        print(f"| {row['name']} | " + " | ".join(cells) + " |")
+    print("\n| bits beyond the entropy | scales | frequencies | symbols | dB at the entropy |\n|---|---|---|---|---|")
+    for row in (row for row in rows if "beyond_entropy" in row):
+        parts = row["beyond_entropy"]
+        gap = shannon_gap(row["bits"] - sum(parts.values()), row["error"])
+        print(f"| {row['name']} | " + " | ".join(f"{part:.4f}" for part in parts.values()) + f" | {gap:.3f} |")
+    print("\nnot measured: " + (", ".join(missing) or "nothing"))
+    print(f"of another model, bits and error: {ANOTHER_MODELS}")
+
+
+LABELS = (("trellis", "o"), ("scalar", "s"), ("gguf-py", "^"), ("bitsandbytes", "v"), ("HQQ", "D"), ("nncodec", "x"))
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Error of weights against bits, with the bound."""
+    """Error of weights, with the bound, and of the output, against bits."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for label, marker in (("trellis", "o"), ("scalar", "s"), ("gguf-py", "^"), ("bitsandbytes", "v")):
-        some = sorted((r["bits"], r["error"]) for r in rows if r["name"].startswith(label))
-        if some:
-            axes.plot(
-                *zip(*some, strict=True), marker=marker, linestyle="none" if label != "trellis" else "-", label=label
-            )
-    bits = np.linspace(2, 8.6, 50)
-    axes.plot(bits, 2.0 ** (-2 * bits), color="0.6", label="Shannon bound")
-    axes.set(yscale="log", xlabel="bits a weight, everything counted", ylabel="relative squared error of the weights")
-    axes.legend()
+    kinds = [key for key in ("error", "output_error") if key in rows[0]]
+    figure = Figure(figsize=(6 * len(kinds), 4.5), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        for label, marker in LABELS:
+            some = [(r["bits"], r[kind]) for r in rows if r["name"].startswith(label) and ", " not in r["name"][:9]]
+            if some:
+                line = "-" if label in ("trellis", "nncodec") else "none"
+                axes.plot(*zip(*sorted(some), strict=True), marker=marker, linestyle=line, label=label)
+        bits = np.linspace(2, 8.6, 50)
+        if kind == "error":
+            axes.plot(bits, 2.0 ** (-2 * bits), color="0.6", label="Shannon bound")
+        of = "weights" if kind == "error" else "output"
+        axes.set(yscale="log", xlabel="bits a weight, everything counted", ylabel=f"relative squared error of the {of}")
+        axes.legend()
     figure.savefig(path, dpi=100)
 
 
@@ -238,17 +244,14 @@ def main() -> None:
                 subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout.strip()
             )
         output = not (options.no_output or options.gaussian)
-        rows = measure(model_dir, folder, with_peers=not options.no_peers, with_output=output)
+        rows, missing = measure(model_dir, folder, () if options.no_peers else PEERS, with_output=output)
         if not rows:
             sys.exit("nothing could be measured")
-        print_table(rows)
-        loss = {f"{bpw:g}": coder_loss(model_dir, bpw) for bpw in (2.5, 3.5, 4.5, 5.5)}
-    print("\nloss of the coder, bits a weight: " + ", ".join(f"{v:.4f} at {k}" for k, v in loss.items()))
-    print(f"of another model, bits and error: {ANOTHER_MODELS}")
+        print_table(rows, missing)
     if options.chart:
         draw(rows, options.chart)
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "coder_loss": loss}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"rows": rows, "not_measured": missing}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

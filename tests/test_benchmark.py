@@ -40,6 +40,9 @@ def test_everything_is_measured(result: tuple[str, dict[str, Any]]) -> None:
         "memcpy",
         "decode kernel 5 bits",
         "encode kernel 4 bits default",
+        "encode trellis 256 states",
+        "encode trellis, rANS alone",
+        "decode trellis",
         "convert 5 bits fast, disk",
         "cp, disk",
     }

@@ -24,7 +24,8 @@ KEYS = [
     "file", "format_version", "file_id", "content_id", "file_bytes", "weights", "bpw", "metadata", "assets", "tensors",
     "summary",
 ]  # fmt: skip
-TENSOR_KEYS = ["name", "shape", "dtype", "encoding", "bits", "bpw", "bytes", "reason", "cosine", "sqnr_db", "rel_mse"]
+TENSOR_KEYS = ["name", "shape", "dtype", "encoding", "bits", "bpw", "bytes", "reason", "cosine", "sqnr_db", "rel_mse",
+               "entropy_bytes", "coder_loss"]  # fmt: skip
 BYTES = ["scalar", "trellis", "raw", "shared", "assets", "metadata", "header", "padding"]
 
 

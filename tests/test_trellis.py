@@ -198,6 +198,7 @@ def test_kernels_give_the_bits_of_the_reference(
     assert found.chunks == expected.chunks
     assert found.checksums.tolist() == expected.checksums.tolist()
     assert found.sums.tobytes() == expected.sums.tobytes()
+    assert found.counts.tolist() == expected.counts.tolist()
     padded = -(-count // 128) * 128
     indices = rans.decode(expected.chunks[0], padded, rans.make_tables(code.pairs), states)
     for wanted in WEIGHT_DTYPES:

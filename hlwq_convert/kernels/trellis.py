@@ -18,6 +18,7 @@ from ..quantize import CHECKSUM_WEIGHTS, power_of_two
 from ..trellis import LARGEST, EncodedIndices, TrellisCode, inverse_scales, scale_values
 from .block import Block, block_sum, each, fwht, load_block, multiply, narrow, scale, store_block, widen
 from .compiled import kernel, part
+from .counts import count_magnitudes
 from .measure import measure_block
 from .rans import AHEAD, STRIDE, KernelTables, decode_turns, encode
 from .tables import KINDS, items_of
@@ -208,7 +209,7 @@ def encoder(code: TrellisCode) -> Callable[[bytes, int], EncodedIndices]:
             indices, CHECKSUM_WEIGHTS, sums, checksums,
         )  # fmt: skip
         chunks = [encode(indices[at : at + rans.CHUNK], tables) for at in range(0, len(indices), rans.CHUNK)]
-        return EncodedIndices(chunks, sums, checksums)
+        return EncodedIndices(chunks, count_magnitudes(indices), sums, checksums)
 
     return encode_chunk
 
