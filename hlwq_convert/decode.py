@@ -15,7 +15,7 @@ from hlwq_formats import rans
 from hlwq_formats.dtypes import BIT_PATTERNS, NUMPY, widen
 from hlwq_formats.errors import BadTensor, UnsupportedDtype
 from hlwq_formats.layout import BLOCK, numel
-from hlwq_formats.reader import Reader
+from hlwq_formats.reader import MapFrames, Reader
 
 from .parallel import call, default_workers, ordered_map
 from .quantize import CHUNK, ScalarCode
@@ -37,11 +37,13 @@ def scalar_code(reader: Reader, tensor: md.ScalarTensor) -> ScalarCode:
     return ScalarCode(tensor.dtype, tensor.bits, tensor.exponent, reader.levels(tensor), reader.signs())
 
 
-def code_chunks(reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK) -> Iterator[CodeChunk]:
-    """The codes and scales of a tensor, `chunk` weights at a time. They are verified only at exhaustion: throw away
-    what was made of them when this raises."""
+def code_chunks(
+    reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK, each: MapFrames = map
+) -> Iterator[CodeChunk]:
+    """The codes and scales of a tensor, `chunk` weights at a time, a multiple of CHUNK. They are verified only at
+    exhaustion: throw away what was made of them when this raises. `each` maps compressed codes to packed ones."""
     n = numel(tensor.shape)
-    codes = reader.iter_section("tensor", tensor.name, "codes", chunk * tensor.bits // 8)
+    codes = reader.code_chunks(tensor, chunk, each)
     scales = reader.scale_chunks(tensor, chunk // BLOCK)
     starts = range(0, n, chunk)
     # strict: each section is read to its end, where it is verified
@@ -59,18 +61,19 @@ class Piece:
     decode: Callable[[NDArray[np.unsignedinteger]], None]
 
 
-def pieces(reader: Reader, tensor: md.QuantizedTensor, dtype: str) -> Iterator[Piece]:
-    """All weights of a tensor, in order, to be rounded to `dtype`."""
+def pieces(reader: Reader, tensor: md.QuantizedTensor, dtype: str, each: MapFrames = map) -> Iterator[Piece]:
+    """All weights of a tensor, in order, to be rounded to `dtype`. `each` is for compressed codes as in `code_chunks`:
+    an ordered_map whose threads are free for that, since none of them makes the pieces."""
     if isinstance(tensor, md.ScalarTensor):
-        return _scalar_pieces(reader, tensor, dtype)
+        return _scalar_pieces(reader, tensor, dtype, each)
     return _trellis_pieces(reader, tensor, dtype)
 
 
-def _scalar_pieces(reader: Reader, tensor: md.ScalarTensor, dtype: str) -> Iterator[Piece]:
+def _scalar_pieces(reader: Reader, tensor: md.ScalarTensor, dtype: str, each: MapFrames) -> Iterator[Piece]:
     from .kernels.decode import decoder  # numba takes half a second to import
 
     decode = decoder(scalar_code(reader, tensor), dtype)
-    for chunk in code_chunks(reader, tensor):
+    for chunk in code_chunks(reader, tensor, each=each):
         yield Piece(chunk.start, chunk.count, partial(decode, chunk.packed, chunk.scales))
 
 
@@ -100,11 +103,11 @@ def _trellis_pieces(reader: Reader, tensor: md.TrellisTensor, dtype: str) -> Ite
 
 
 def decode_tasks(
-    reader: Reader, tensor: md.QuantizedTensor, dtype: str, result: NDArray[np.unsignedinteger]
+    reader: Reader, tensor: md.QuantizedTensor, dtype: str, result: NDArray[np.unsignedinteger], each: MapFrames
 ) -> Iterator[Callable[[], None]]:
     """Tasks, to be done in any order and by any thread, that write the weights of a tensor to `result`: (numel,)
     bit patterns of `dtype`, uint32 for F32 and else uint16. What they wrote is verified only at exhaustion."""
-    for piece in pieces(reader, tensor, dtype):
+    for piece in pieces(reader, tensor, dtype, each):
         yield partial(piece.decode, result[piece.start : piece.start + piece.count])
 
 
@@ -116,7 +119,8 @@ def decode_quantized(reader: Reader, tensor: md.QuantizedTensor) -> NDArray[np.g
         raise _too_large(reader, tensor, numel(tensor.shape) * BIT_PATTERNS[tensor.dtype].itemsize) from None
     workers = default_workers() if len(result) > CHUNK else 1
     with ThreadPoolExecutor(workers, "hlwq") as pool:
-        for _ in ordered_map(pool, 2 * workers, call, decode_tasks(reader, tensor, tensor.dtype, result)):
+        each = partial(ordered_map, pool, 2 * workers)
+        for _ in each(call, decode_tasks(reader, tensor, tensor.dtype, result, each)):
             pass
     own = NUMPY.get(tensor.dtype)
     return (result if own is None else result.view(own)).reshape(tensor.shape)

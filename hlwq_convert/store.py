@@ -3,20 +3,23 @@ tensors, and written in file order."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 
 import msgspec
 
 from hlwq_formats import metadata as md
+from hlwq_formats.bitpack import unpack
 from hlwq_formats.dtypes import ITEM_BITS
 from hlwq_formats.errors import BadSafetensors, escape
 from hlwq_formats.layout import BLOCK, scalar_lengths
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
+from hlwq_formats.sections import compress_codes, pays
 from hlwq_formats.writer import Writer
 
 from .inspection import TensorReport
@@ -52,15 +55,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task made of a run of bytes of one tensor: an encoded chunk, or raw bytes as they are."""
+    """What one task made of a run of bytes of one tensor: an encoded chunk, or raw bytes as they are; `frame` is the
+    codes of the chunk once more, compressed, where that may pay."""
 
     of: Surveyed
     source_bytes: int
     content: EncodedChunk | EncodedIndices | bytes
+    frame: bytes = b""
 
 
 class CannotDecode(Exception):
     """A tensor at an end of the float range: its decoding would overflow, or all of it vanish."""
+
+
+class NotSmaller(Exception):
+    """Compressed, the codes of a tensor take no less, though its first chunk did."""
 
 
 def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Choice]]) -> Iterator[md.StoredTensor]:
@@ -83,10 +92,15 @@ def _places(of: Surveyed) -> Iterator[tuple[int, int]]:
         yield start, min(size, of.tensor.length - start)
 
 
-def _read_piece(model: ModelDir, of: Surveyed, start: int, length: int) -> Piece:
+def _read_piece(model: ModelDir, of: Surveyed, start: int, length: int, compress: bool = True) -> Piece:
     raw = model.read(of.tensor, start, length)
     if of.encode is not None:
-        return Piece(of, length, of.encode(raw, start * 8 // ITEM_BITS[of.tensor.dtype]))
+        content = of.encode(raw, start * 8 // ITEM_BITS[of.tensor.dtype])
+        if not compress or not isinstance(of.code, ScalarCode) or of.code.effort != "best":
+            return Piece(of, length, content)
+        assert isinstance(content, EncodedChunk)
+        codes = unpack(content.codes, of.code.bits, 8 * len(content.codes) // of.code.bits)
+        return Piece(of, length, content, compress_codes(codes))
     if of.tensor.dtype == "BOOL" and max(raw, default=0) > 1:
         raise BadSafetensors(f"a boolean is {max(raw)}, expected 0 or 1", file=of.tensor.file, tensor=of.tensor.name)
     return Piece(of, length, raw)
@@ -99,9 +113,12 @@ def _write_tensor(run: Run, of: Surveyed, pieces: Iterable[Piece]) -> md.StoredT
     position = run.writer.position
     try:
         return _write_quantized(run, of, of.code, pieces)
-    except CannotDecode as error:
+    except (CannotDecode, NotSmaller) as error:
         run.writer.rewind(position)
         run.step(-of.tensor.length)
+        if isinstance(error, NotSmaller):
+            plain = (_read_piece(run.model, of, *place, compress=False) for place in _places(of))
+            return _write_quantized(run, of, of.code, plain)
         raw = Surveyed(of.tensor, f"quantized it would decode to {error}")
         return _write_raw(run, raw, (_read_piece(run.model, raw, *place) for place in _places(raw)))
 
@@ -120,16 +137,14 @@ def _write_quantized(
     run: Run, of: Surveyed, code: ScalarCode | TrellisCode, pieces: Iterable[Piece]
 ) -> md.QuantizedTensor:
     tensor = of.tensor
-    put: Put
-    finish: Callable[[], md.QuantizedTensor]
-    put, finish = (
-        _open_scalar(run.writer, of, code) if isinstance(code, ScalarCode) else _open_trellis(run.writer, of, code)
-    )
+    pieces = iter(pieces)
+    first = next(pieces)
+    put, finish = _open(run.writer, of, code, first)
     sums, checksums, finite = ErrorSums(), [], True
-    for piece in pieces:
+    for piece in chain([first], pieces):
         chunk = piece.content
         assert not isinstance(chunk, bytes)
-        put(chunk)
+        put(piece)
         sums.add(chunk.sums)
         checksums.append(combine(chunk.checksums))
         finite &= all_finite(chunk.sums)
@@ -139,40 +154,78 @@ def _write_quantized(
     closeness = sums.closeness()
     if closeness is not None and closeness.cosine == 0:
         raise CannotDecode("zeros")
+    entry = finish()
     if of.zeros >= _MOSTLY * tensor.numel:
         share = f"{of.zeros} of {tensor.numel} weights are zero"
         run.warnings.append(f'tensor "{escape(tensor.name)}": {share}: was {escape(tensor.file)} fetched whole?')
     cosine, rel_mse = (None, None) if closeness is None else (closeness.cosine, closeness.rel_mse)
     run.report.append(TensorReport(tensor.name, cosine, rel_mse))
     run.checksums[tensor.name] = checksums
-    return finish()
+    return entry
 
 
-Put = Callable[[EncodedChunk | EncodedIndices], None]
+Put = Callable[[Piece], None]
+
+
+def _open(
+    writer: Writer, of: Surveyed, code: ScalarCode | TrellisCode, first: Piece
+) -> tuple[Put, Callable[[], md.QuantizedTensor]]:
+    """Begin a tensor: what takes its pieces, and what makes its entry. The first piece tells how codes are stored."""
+    if isinstance(code, TrellisCode):
+        return _open_trellis(writer, of, code)
+    assert isinstance(first.content, EncodedChunk)
+    coded = first.frame != b"" and pays(len(first.frame), len(first.content.codes))
+    return _open_coded(writer, of, code) if coded else _open_scalar(writer, of, code)
 
 
 def _open_scalar(writer: Writer, of: Surveyed, code: ScalarCode) -> tuple[Put, Callable[[], md.ScalarTensor]]:
-    """Begin a tensor of scalar codes: what takes its chunks, and what makes its entry."""
-    tensor = of.tensor
-    sections = {kind: writer.open_section(kind, n) for kind, n in scalar_lengths(tensor.numel, code.bits).items()}
+    lengths = scalar_lengths(of.tensor.numel, code.bits)
+    sections = {kind: writer.open_section(kind, length) for kind, length in lengths.items()}
     sections["levels"].write(code.levels.tobytes())
 
-    def put(chunk: EncodedChunk | EncodedIndices) -> None:
-        assert isinstance(chunk, EncodedChunk)
-        sections["codes"].write(chunk.codes)
-        sections["scales"].write(chunk.scales)
+    def put(piece: Piece) -> None:
+        assert isinstance(piece.content, EncodedChunk)
+        sections["codes"].write(piece.content.codes)
+        sections["scales"].write(piece.content.scales)
+
+    return put, lambda: _scalar_entry(of, code, [section.done() for section in sections.values()])
+
+
+def _open_coded(writer: Writer, of: Surveyed, code: ScalarCode) -> tuple[Put, Callable[[], md.ScalarTensor]]:
+    """As `_open_scalar`, with compressed codes, in the place that packed ones would take until all are there: then
+    levels and scales move up."""
+    lengths = scalar_lengths(of.tensor.numel, code.bits)
+    codes, levels, scales = (writer.open_section(kind, length) for kind, length in lengths.items())
+    levels.write(code.levels.tobytes())
+    packed_digest, frames, room = hashlib.sha256(), list[int](), lengths["codes"]
+
+    def put(piece: Piece) -> None:
+        assert isinstance(piece.content, EncodedChunk)
+        packed_digest.update(piece.content.codes)
+        frames.append(len(piece.frame))
+        if sum(frames) <= room:
+            codes.write(piece.frame)
+        scales.write(piece.content.scales)
 
     def finish() -> md.ScalarTensor:
-        return md.ScalarTensor(
-            tensor.name, tensor.dtype, list(tensor.shape), of.reason, code.bits, BLOCK, code.exponent, of.sha256,
-            [section.done() for section in sections.values()],
-        )  # fmt: skip
+        if not pays(sum(frames), room):
+            raise NotSmaller
+        codes.shrink([levels, scales])
+        packing = md.Zstd(frames, room, packed_digest.hexdigest())
+        section = msgspec.structs.replace(codes.done(), zstd_codes=packing)
+        return _scalar_entry(of, code, [section, levels.done(), scales.done()])
 
     return put, finish
 
 
+def _scalar_entry(of: Surveyed, code: ScalarCode, sections: list[md.Section]) -> md.ScalarTensor:
+    tensor = of.tensor
+    return md.ScalarTensor(
+        tensor.name, tensor.dtype, list(tensor.shape), of.reason, code.bits, BLOCK, code.exponent, of.sha256, sections
+    )
+
+
 def _open_trellis(writer: Writer, of: Surveyed, code: TrellisCode) -> tuple[Put, Callable[[], md.TrellisTensor]]:
-    """Begin a tensor of a trellis: what takes its chunks, and what makes its entry."""
     tensor, lengths = of.tensor, list[int]()
     sections = [
         writer.write_section("scales", code.row_scales.tobytes(), compress=True),
@@ -180,9 +233,9 @@ def _open_trellis(writer: Writer, of: Surveyed, code: TrellisCode) -> tuple[Put,
     ]
     symbols = writer.open_section("symbols", None)
 
-    def put(chunk: EncodedChunk | EncodedIndices) -> None:
-        assert isinstance(chunk, EncodedIndices)
-        for data in chunk.chunks:
+    def put(piece: Piece) -> None:
+        assert isinstance(piece.content, EncodedIndices)
+        for data in piece.content.chunks:
             symbols.write(data)
             lengths.append(len(data))
 
