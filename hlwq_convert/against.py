@@ -12,7 +12,7 @@ from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import BIT_PATTERNS, ITEM_BITS
 from hlwq_formats.errors import escape
 from hlwq_formats.layout import BLOCK, count_blocks
-from hlwq_formats.reader import MapFrames, Reader
+from hlwq_formats.reader import Reader
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 
 from .decode import Piece, pieces
@@ -84,8 +84,7 @@ def _measure(
 ) -> TensorReport:
     """The error of a quantized tensor as a conversion measures it."""
     sums = ErrorSums()
-    each = partial(ordered_map, pool, ahead)
-    for chunk_sums in each(call, _tasks(reader, model, entry, each)):
+    for chunk_sums in ordered_map(pool, ahead, call, _tasks(reader, model, entry)):
         sums.add(chunk_sums)
     closeness = sums.closeness()
     if closeness is None:
@@ -94,7 +93,7 @@ def _measure(
 
 
 def _tasks(
-    reader: Reader, model: ModelDir, entry: md.QuantizedTensor, each: MapFrames
+    reader: Reader, model: ModelDir, entry: md.QuantizedTensor
 ) -> Iterator[Callable[[], np.ndarray[tuple[int, int], np.dtype[np.float32]]]]:
     from .kernels.measure import measure
 
@@ -109,7 +108,7 @@ def _tasks(
         piece.decode(items[1, : piece.count])
         return measure(items[0], items[1], entry.dtype, exponent)
 
-    for piece in pieces(reader, entry, entry.dtype, each):
+    for piece in pieces(reader, entry, entry.dtype):
         yield partial(work, piece)
 
 

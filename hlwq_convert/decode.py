@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from hlwq_formats import metadata as md
@@ -15,9 +16,9 @@ from hlwq_formats import rans
 from hlwq_formats.dtypes import BIT_PATTERNS, NUMPY, widen
 from hlwq_formats.errors import BadTensor, UnsupportedDtype
 from hlwq_formats.layout import BLOCK, numel
-from hlwq_formats.reader import MapFrames, Reader
+from hlwq_formats.reader import Reader
 
-from .parallel import call, default_workers, ordered_map
+from .parallel import OrderedDigest, call, default_workers, ordered_map
 from .quantize import CHUNK, ScalarCode
 from .trellis import TrellisCode
 
@@ -37,13 +38,11 @@ def scalar_code(reader: Reader, tensor: md.ScalarTensor) -> ScalarCode:
     return ScalarCode(tensor.dtype, tensor.bits, tensor.exponent, reader.levels(tensor), reader.signs())
 
 
-def code_chunks(
-    reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK, each: MapFrames = map
-) -> Iterator[CodeChunk]:
+def code_chunks(reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK) -> Iterator[CodeChunk]:
     """The codes and scales of a tensor, `chunk` weights at a time, a multiple of CHUNK. They are verified only at
-    exhaustion: throw away what was made of them when this raises. `each` maps compressed codes to packed ones."""
+    exhaustion: throw away what was made of them when this raises."""
     n = numel(tensor.shape)
-    codes = reader.code_chunks(tensor, chunk, each)
+    codes = reader.code_chunks(tensor, chunk)
     scales = reader.scale_chunks(tensor, chunk // BLOCK)
     starts = range(0, n, chunk)
     # strict: each section is read to its end, where it is verified
@@ -54,27 +53,54 @@ def code_chunks(
 @dataclass(frozen=True)
 class Piece:
     """A run of weights that can be decoded on its own: `decode` writes (count,) bit patterns, uint32 for F32 and else
-    uint16. What it writes is verified when the iterator that it came from is exhausted."""
+    uint16. What it writes is verified when the iterator that it came from is exhausted and all its pieces were decoded.
+    """
 
     start: int  # flat index of the first weight
     count: int
     decode: Callable[[NDArray[np.unsignedinteger]], None]
 
 
-def pieces(reader: Reader, tensor: md.QuantizedTensor, dtype: str, each: MapFrames = map) -> Iterator[Piece]:
-    """All weights of a tensor, in order, to be rounded to `dtype`. `each` is for compressed codes as in `code_chunks`:
-    an ordered_map whose threads are free for that, since none of them makes the pieces."""
-    if isinstance(tensor, md.ScalarTensor):
-        return _scalar_pieces(reader, tensor, dtype, each)
-    return _trellis_pieces(reader, tensor, dtype)
+def pieces(reader: Reader, tensor: md.QuantizedTensor, dtype: str) -> Iterator[Piece]:
+    """All weights of a tensor, in order, to be rounded to `dtype`."""
+    if isinstance(tensor, md.TrellisTensor):
+        return _trellis_pieces(reader, tensor, dtype)
+    if tensor.sections[0].zstd_codes is not UNSET:
+        return _coded_pieces(reader, tensor, dtype)
+    return _scalar_pieces(reader, tensor, dtype)
 
 
-def _scalar_pieces(reader: Reader, tensor: md.ScalarTensor, dtype: str, each: MapFrames) -> Iterator[Piece]:
+def _scalar_pieces(reader: Reader, tensor: md.ScalarTensor, dtype: str) -> Iterator[Piece]:
     from .kernels.decode import decoder  # numba takes half a second to import
 
     decode = decoder(scalar_code(reader, tensor), dtype)
-    for chunk in code_chunks(reader, tensor, each=each):
+    for chunk in code_chunks(reader, tensor):
         yield Piece(chunk.start, chunk.count, partial(decode, chunk.packed, chunk.scales))
+
+
+def _coded_pieces(reader: Reader, tensor: md.ScalarTensor, dtype: str) -> Iterator[Piece]:
+    """As `_scalar_pieces`; each piece decompresses its own codes, in its own thread."""
+    from .kernels.decode import decoder
+    from .kernels.packing import pack
+
+    decode = decoder(scalar_code(reader, tensor), dtype)
+    packing, n = tensor.sections[0].zstd_codes, numel(tensor.shape)
+    assert packing is not UNSET
+    digest = OrderedDigest(len(packing.frames))
+
+    def decode_frame(
+        number: int, frame: bytes, scales: NDArray[np.float16], result: NDArray[np.unsignedinteger]
+    ) -> None:
+        packed = reader.repack(tensor, number, frame, pack)
+        if (found := digest.add(number, packed)) is not None:
+            reader.check_packed(tensor, found)
+        decode(packed, scales, result)
+
+    frames = reader.iter_section("tensor", tensor.name, "codes", packing.frames)
+    scales = reader.scale_chunks(tensor, CHUNK // BLOCK)
+    for number, (frame, some_scales) in enumerate(zip(frames, scales, strict=True)):
+        start = number * CHUNK
+        yield Piece(start, min(CHUNK, n - start), partial(decode_frame, number, frame, some_scales))
 
 
 def trellis_code(reader: Reader, tensor: md.TrellisTensor) -> TrellisCode:
@@ -103,11 +129,11 @@ def _trellis_pieces(reader: Reader, tensor: md.TrellisTensor, dtype: str) -> Ite
 
 
 def decode_tasks(
-    reader: Reader, tensor: md.QuantizedTensor, dtype: str, result: NDArray[np.unsignedinteger], each: MapFrames
+    reader: Reader, tensor: md.QuantizedTensor, dtype: str, result: NDArray[np.unsignedinteger]
 ) -> Iterator[Callable[[], None]]:
     """Tasks, to be done in any order and by any thread, that write the weights of a tensor to `result`: (numel,)
     bit patterns of `dtype`, uint32 for F32 and else uint16. What they wrote is verified only at exhaustion."""
-    for piece in pieces(reader, tensor, dtype, each):
+    for piece in pieces(reader, tensor, dtype):
         yield partial(piece.decode, result[piece.start : piece.start + piece.count])
 
 
@@ -119,8 +145,7 @@ def decode_quantized(reader: Reader, tensor: md.QuantizedTensor) -> NDArray[np.g
         raise _too_large(reader, tensor, numel(tensor.shape) * BIT_PATTERNS[tensor.dtype].itemsize) from None
     workers = default_workers() if len(result) > CHUNK else 1
     with ThreadPoolExecutor(workers, "hlwq") as pool:
-        each = partial(ordered_map, pool, 2 * workers)
-        for _ in each(call, decode_tasks(reader, tensor, tensor.dtype, result, each)):
+        for _ in ordered_map(pool, 2 * workers, call, decode_tasks(reader, tensor, tensor.dtype, result)):
             pass
     own = NUMPY.get(tensor.dtype)
     return (result if own is None else result.view(own)).reshape(tensor.shape)

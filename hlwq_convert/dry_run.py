@@ -13,7 +13,7 @@ from .sizing import find_steps, planned_assets, planned_header, planned_metadata
 
 def dry_run(job: Job, out: str | os.PathLike[str]) -> Inspection:
     """Describe the file that the job would make. Its size is exact but for the digits of the report and for
-    duplicate tensors, which show only when weights are read."""
+    duplicate tensors, which show only when weights are read; with "best" it is an upper bound, as a warning says."""
     symbols: dict[str, int] = {}
     choices, symbols = job.choices, dict[str, int]()
     if job.target is not None:
@@ -21,11 +21,14 @@ def dry_run(job: Job, out: str | os.PathLike[str]) -> Inspection:
             choices, symbols = find_steps(job, choices, {}, job.target.bytes_for(weights_of(job, {})), pool)
     metadata = planned_metadata(job, choices, {}, planned_assets(job, choices), symbols)
     header = planned_header(metadata)
+    warnings = list(job.warnings)
+    if job.recipe.effort == "best" and any(choice.encoding == "scalar" for choice in choices.values()):
+        warnings.append("sizes are upper bounds: codes are compressed where that saves 3 %")
     return describe(
         metadata,
         file=os.fspath(out),
         file_bytes=header.file_len,
         metadata_bytes=header.meta_len,
         report=Report([]),
-        warnings=job.warnings,
+        warnings=warnings,
     )

@@ -14,7 +14,7 @@ from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import BIT_PATTERNS, ITEM_BITS
 from hlwq_formats.errors import SelfCheckFailed
 from hlwq_formats.layout import BLOCK, count_blocks
-from hlwq_formats.reader import MapFrames, Reader
+from hlwq_formats.reader import Reader
 
 from .decode import Piece, pieces
 from .parallel import call, ordered_map
@@ -29,20 +29,18 @@ def self_check(
     Raises what Reader.verify raises, or SelfCheckFailed (70).
     """
     reader.verify_shared()
-    each = partial(ordered_map, pool, ahead)
-    for done in each(call, _tasks(reader, checksums, each)):
+    for done in ordered_map(pool, ahead, call, _tasks(reader, checksums)):
         step(done)
 
 
-def _tasks(reader: Reader, checksums: dict[str, list[int]], each: MapFrames) -> Iterator[Callable[[], int]]:
+def _tasks(reader: Reader, checksums: dict[str, list[int]]) -> Iterator[Callable[[], int]]:
     """Tasks that each look at some bytes and return the number of source bytes that those stand for."""
     for tensor in reader.metadata.tensors:
         match tensor:
             case md.RawTensor():
                 yield partial(_check_raw, reader, tensor)
             case md.ScalarTensor() | md.TrellisTensor():
-                found = pieces(reader, tensor, tensor.dtype, each)
-                for piece, expected in zip(found, checksums[tensor.name], strict=True):
+                for piece, expected in zip(pieces(reader, tensor, tensor.dtype), checksums[tensor.name], strict=True):
                     yield partial(_check_piece, reader.path, tensor, piece, expected)
 
 

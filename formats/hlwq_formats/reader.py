@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, repeat
 from types import TracebackType
 
@@ -17,9 +17,8 @@ import numpy as np
 from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
+from . import bitpack, rans
 from . import metadata as md
-from . import rans
-from .bitpack import pack
 from .errors import BadDigest, BadFrames, BadLayout, BadValues, Usage, escape
 from .files import ByteSource, InputFile
 from .layout import (
@@ -42,8 +41,8 @@ MAX_ROW_SCALE = 248  # times 128: the bits of infinity as a float16
 SymbolCheck = Callable[[md.TrellisTensor, NDArray[np.uint16]], None]
 """Decode the symbols of a tensor, whose frequencies are given, and raise what is wrong with them."""
 
-MapFrames = Callable[[Callable[[tuple[int, bytes]], bytes], Iterable[tuple[int, bytes]]], Iterator[bytes]]
-"""The built-in map, or one that works ahead in other threads."""
+Pack = Callable[[NDArray[np.uint8], int], bytes]
+"""bitpack.pack, or what does the same for whole blocks faster."""
 
 
 class Reader:
@@ -166,31 +165,34 @@ class Reader:
         bits = np.frombuffer(self.read_section("signs", "", "signs"), np.uint8)
         return 1 - 2 * np.unpackbits(bits, bitorder="little").astype(np.float32)
 
-    def code_chunks(self, tensor: md.ScalarTensor, chunk: int = md.FRAME, each: MapFrames = map) -> Iterator[bytes]:
-        """The packed codes, `chunk` of them at a time, a multiple of 2**20 where they may be compressed; verified only
-        at exhaustion as in `iter_section`. `each` maps frames to packed codes."""
+    def code_chunks(self, tensor: md.ScalarTensor, chunk: int = md.FRAME) -> Iterator[bytes]:
+        """The packed codes, `chunk` of them at a time, a multiple of 2**20; verified only at exhaustion as in
+        `iter_section`."""
         packing = tensor.sections[0].zstd_codes
         if packing is UNSET:
             yield from self.iter_section("tensor", tensor.name, "codes", chunk * tensor.bits // 8)
             return
-        n_codes, digest = count_blocks(numel(tensor.shape)) * BLOCK, hashlib.sha256()
+        frames = enumerate(self.iter_section("tensor", tensor.name, "codes", packing.frames))
+        digest = hashlib.sha256()
+        while group := list(islice(frames, chunk // md.FRAME)):
+            packed = b"".join(self.repack(tensor, number, frame) for number, frame in group)
+            digest.update(packed)
+            yield packed
+        self.check_packed(tensor, digest.hexdigest())
 
-        def repack(item: tuple[int, bytes]) -> bytes:
-            number, frame = item
-            try:
-                codes = decompress_codes(frame, min(md.FRAME, n_codes - number * md.FRAME), tensor.bits)
-            except ValueError as error:
-                raise self._bad_frames(tensor, "codes", f"frame {number} of {len(frame)} bytes: {error}") from None
-            return pack(codes, tensor.bits)
+    def repack(self, tensor: md.ScalarTensor, number: int, frame: bytes, pack: Pack = bitpack.pack) -> bytes:
+        """The packed codes of frame `number` of compressed ones; BadFrames where it does not hold them."""
+        n_codes = count_blocks(numel(tensor.shape)) * BLOCK
+        try:
+            codes = decompress_codes(frame, min(md.FRAME, n_codes - number * md.FRAME), tensor.bits)
+        except ValueError as error:
+            raise self._bad_frames(tensor, "codes", f"frame {number} of {len(frame)} bytes: {error}") from None
+        return pack(codes, tensor.bits)
 
-        frames = self.iter_section("tensor", tensor.name, "codes", packing.frames)
-        packed = each(repack, enumerate(frames))
-        while group := list(islice(packed, chunk // md.FRAME)):
-            joined = b"".join(group)
-            digest.update(joined)
-            yield joined
-        if (found := digest.hexdigest()) != packing.raw_sha256:
-            problem = f"the codes have the SHA-256 {found[:16]}..., expected {packing.raw_sha256[:16]}..."
+    def check_packed(self, tensor: md.ScalarTensor, found: str) -> None:
+        """Raise BadDigest unless this is the SHA-256 of the packed codes, which are stored compressed."""
+        if found != (expected := md.raw_sha256(tensor.sections[0])):
+            problem = f"the packed codes have the SHA-256 {found[:16]}..., expected {expected[:16]}..."
             raise BadDigest(problem, file=self.path, tensor=tensor.name, section="codes")
 
     def levels(self, tensor: md.ScalarTensor) -> NDArray[np.float32]:

@@ -97,8 +97,8 @@ def encode_blocks(
     items: n_blocks * 128 weights of type `kind`, as int32; to_unit: 2.0**-exponent, from_unit its inverse; signs: 128
     zeros of type `kind`, positive or negative, as int32; levels: (2**bits,) float32; above: (2**bits,) float32, the
     midpoints, then infinity; cells, per_cell, last_cell: of runtime.launch.find_cells; gains: (n_gains,) float32;
-    penalty: of scalar.penalty_of; packed: (n_blocks * 4 * bits,) int32; scales: (n_blocks,) float16; sums: (4, n_blocks)
-    float32; checksums: (n_blocks,) int32. A program codes `rows` blocks.
+    penalty: of scalar.penalty_of; packed: (n_blocks * 4 * bits,) int32; scales: (n_blocks,) float16; sums:
+    (4, n_blocks) float32; checksums: (n_blocks,) int32. A program codes `rows` blocks.
 
     All is computed on weights times signs, as the sums are the same: only the checksum takes the signs off.
     """

@@ -16,7 +16,7 @@ from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import BIT_PATTERNS, WEIGHT_DTYPES
 from hlwq_formats.errors import UnsupportedDtype, Usage
 from hlwq_formats.layout import numel
-from hlwq_formats.reader import MapFrames, Reader
+from hlwq_formats.reader import Reader
 
 from ..decode import CodeChunk, Piece, code_chunks, decode_tasks, pieces, read_raw, scalar_code
 from ..parallel import call, default_workers, ordered_map
@@ -143,8 +143,7 @@ def _load(
     device: torch.device,
 ) -> Iterator[torch.Tensor]:
     """The tensors in order, each when it is complete and verified, decoded in one stream over all of them."""
-    each = partial(ordered_map, pool, ahead)
-    for loaded in each(call, _tasks(reader, tensors, device, each)):
+    for loaded in ordered_map(pool, ahead, call, _tasks(reader, tensors, device)):
         if loaded is not None:
             # here and not in a task of its own: another thread may still be decoding the end of the tensor
             yield loaded.tensor.to(loaded.dtype)
@@ -159,10 +158,7 @@ class _Loaded:
 
 
 def _tasks(
-    reader: Reader,
-    tensors: Sequence[tuple[md.StoredTensor, torch.dtype | None]],
-    device: torch.device,
-    each: MapFrames,
+    reader: Reader, tensors: Sequence[tuple[md.StoredTensor, torch.dtype | None]], device: torch.device
 ) -> Iterator[Callable[[], _Loaded | None]]:
     """Tasks that fill each tensor, then one that returns it: made only when its digests have matched."""
     kernels = device.type == "cpu" or (device.type == "cuda" and can_run_kernels())
@@ -183,7 +179,7 @@ def _tasks(
             continue
         if device.type == "cpu":
             bits = result.view(torch.int32 if direct is torch.float32 else torch.int16).numpy()
-            yield from decode_tasks(reader, tensor, TAGS[direct], bits.view(BIT_PATTERNS[TAGS[direct]]), each)
+            yield from decode_tasks(reader, tensor, TAGS[direct], bits.view(BIT_PATTERNS[TAGS[direct]]))
         else:
             yield from _device_tasks(reader, tensor, result)
         yield partial(_Loaded, result.reshape(tensor.shape), wanted)
