@@ -134,7 +134,7 @@ FRAMES = [
           f"states {size} bytes", f"expected {SIZE} bytes") for size in (2**40, 2**34, SIZE + 1, SIZE - 1, 0)),
     bad(55, "holds-more-or-less", [packed(frame(SIZE + 1, header=frame(SIZE)[:9])),
                                    packed(frame(SIZE - 1, header=frame(SIZE)[:9]))], "BadFrames", "frame 0 of"),
-    *(bad(55, f"codes-state-{size}", coded(header_of(b"\xe0", struct.pack("<Q", size))), "BadFrames", T + "codes@0x80: ",
+    *(bad(55, f"codes-state-{size}", coded(header_of(b"\xe0", struct.pack("<Q", size))), "BadFrames", T + "codes@0x80:",
           f"states {size} bytes", "expected 256 bytes") for size in (2**40, 257, 96, 0)),
     bad(56, "ratio", (packed(ZSTD_MAGIC + rest, 1 << 20) for rest in (b"", b"\xa0\0\0\x10\0", b"\xa0\0\0\x10\0\1\0\0")),
         "BadFrames", "frame 0 of"),
