@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from hlwq_formats import metadata as md
@@ -17,7 +18,7 @@ from hlwq_formats.errors import BadTensor, UnsupportedDtype
 from hlwq_formats.layout import BLOCK, numel
 from hlwq_formats.reader import Reader
 
-from .parallel import call, default_workers, ordered_map
+from .parallel import OrderedDigest, call, default_workers, ordered_map
 from .quantize import CHUNK, ScalarCode
 from .trellis import TrellisCode
 
@@ -38,10 +39,10 @@ def scalar_code(reader: Reader, tensor: md.ScalarTensor) -> ScalarCode:
 
 
 def code_chunks(reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK) -> Iterator[CodeChunk]:
-    """The codes and scales of a tensor, `chunk` weights at a time. They are verified only at exhaustion: throw away
-    what was made of them when this raises."""
+    """The codes and scales of a tensor, `chunk` weights at a time, a multiple of CHUNK. They are verified only at
+    exhaustion: throw away what was made of them when this raises."""
     n = numel(tensor.shape)
-    codes = reader.iter_section("tensor", tensor.name, "codes", chunk * tensor.bits // 8)
+    codes = reader.code_chunks(tensor, chunk)
     scales = reader.scale_chunks(tensor, chunk // BLOCK)
     starts = range(0, n, chunk)
     # strict: each section is read to its end, where it is verified
@@ -52,7 +53,8 @@ def code_chunks(reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK) -> 
 @dataclass(frozen=True)
 class Piece:
     """A run of weights that can be decoded on its own: `decode` writes (count,) bit patterns, uint32 for F32 and else
-    uint16. What it writes is verified when the iterator that it came from is exhausted."""
+    uint16. What it writes is verified when the iterator that it came from is exhausted and all its pieces were decoded.
+    """
 
     start: int  # flat index of the first weight
     count: int
@@ -61,9 +63,11 @@ class Piece:
 
 def pieces(reader: Reader, tensor: md.QuantizedTensor, dtype: str) -> Iterator[Piece]:
     """All weights of a tensor, in order, to be rounded to `dtype`."""
-    if isinstance(tensor, md.ScalarTensor):
-        return _scalar_pieces(reader, tensor, dtype)
-    return _trellis_pieces(reader, tensor, dtype)
+    if isinstance(tensor, md.TrellisTensor):
+        return _trellis_pieces(reader, tensor, dtype)
+    if tensor.sections[0].zstd_codes is not UNSET:
+        return _coded_pieces(reader, tensor, dtype)
+    return _scalar_pieces(reader, tensor, dtype)
 
 
 def _scalar_pieces(reader: Reader, tensor: md.ScalarTensor, dtype: str) -> Iterator[Piece]:
@@ -72,6 +76,31 @@ def _scalar_pieces(reader: Reader, tensor: md.ScalarTensor, dtype: str) -> Itera
     decode = decoder(scalar_code(reader, tensor), dtype)
     for chunk in code_chunks(reader, tensor):
         yield Piece(chunk.start, chunk.count, partial(decode, chunk.packed, chunk.scales))
+
+
+def _coded_pieces(reader: Reader, tensor: md.ScalarTensor, dtype: str) -> Iterator[Piece]:
+    """As `_scalar_pieces`; each piece decompresses its own codes, in its own thread."""
+    from .kernels.decode import decoder
+    from .kernels.packing import pack
+
+    decode = decoder(scalar_code(reader, tensor), dtype)
+    packing, n = tensor.sections[0].zstd_codes, numel(tensor.shape)
+    assert packing is not UNSET
+    digest = OrderedDigest(len(packing.frames))
+
+    def decode_frame(
+        number: int, frame: bytes, scales: NDArray[np.float16], result: NDArray[np.unsignedinteger]
+    ) -> None:
+        packed = reader.repack(tensor, number, frame, pack)
+        if (found := digest.add(number, packed)) is not None:
+            reader.check_packed(tensor, found)
+        decode(packed, scales, result)
+
+    frames = reader.iter_section("tensor", tensor.name, "codes", packing.frames)
+    scales = reader.scale_chunks(tensor, CHUNK // BLOCK)
+    for number, (frame, some_scales) in enumerate(zip(frames, scales, strict=True)):
+        start = number * CHUNK
+        yield Piece(start, min(CHUNK, n - start), partial(decode_frame, number, frame, some_scales))
 
 
 def trellis_code(reader: Reader, tensor: md.TrellisTensor) -> TrellisCode:

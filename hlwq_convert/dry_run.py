@@ -15,7 +15,7 @@ from .sizing import find_steps, planned_assets, planned_header, planned_metadata
 
 def dry_run(job: Job, out: str | os.PathLike[str]) -> Inspection:
     """Describe the file that the job would make. Its size is exact but for the digits of the report and for
-    duplicate tensors, which show only when weights are read."""
+    duplicate tensors, which show only when weights are read; with "best" it is an upper bound, as a warning says."""
     return dry_run_all([job], [out])[0]
 
 
@@ -32,11 +32,14 @@ def dry_run_all(jobs: Sequence[Job], outs: Sequence[str | os.PathLike[str]]) -> 
 def _describe(job: Job, out: str | os.PathLike[str], choices: dict[str, Choice], symbols: dict[str, int]) -> Inspection:
     metadata = planned_metadata(job, choices, {}, planned_assets(job, choices), symbols)
     header = planned_header(metadata)
+    warnings = list(job.warnings)
+    if job.recipe.effort == "best" and any(choice.encoding == "scalar" for choice in choices.values()):
+        warnings.append("sizes are upper bounds: codes are compressed where that saves 3 %")
     return describe(
         metadata,
         file=os.fspath(out),
         file_bytes=header.file_len,
         metadata_bytes=header.meta_len,
         report=Report([]),
-        warnings=job.warnings,
+        warnings=warnings,
     )

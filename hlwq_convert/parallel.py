@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,6 +68,25 @@ def ordered_map(pool: ThreadPoolExecutor, ahead: int, work: Callable[[T], R], it
     finally:
         for future in waiting:
             future.cancel()
+
+
+class OrderedDigest:
+    """The SHA-256 of `count` pieces, hashed in their order as they come from any thread in any order."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._next = count, 0
+        self._waiting: dict[int, bytes] = {}
+        self._digest = hashlib.sha256()
+        self._lock = threading.Lock()
+
+    def add(self, number: int, piece: bytes) -> str | None:
+        """Take piece `number`, from 0; the digest in hexadecimal when it completes the pieces."""
+        with self._lock:
+            self._waiting[number] = piece
+            while self._next in self._waiting:
+                self._digest.update(self._waiting.pop(self._next))
+                self._next += 1
+            return self._digest.hexdigest() if self._next == self._count else None
 
 
 def call(task: Callable[[], R]) -> R:

@@ -50,6 +50,7 @@ class EncodedChunk:
     scales: bytes | memoryview  # n_blocks float16
     sums: NDArray[np.float32]  # (4, n_blocks): source energy, decoded energy, their product, error energy
     checksums: NDArray[np.uint32]  # (n_blocks,) of the decoded weights in the tensor's dtype
+    frame: bytes = b""  # the codes once more, compressed, where that may pay
 
 
 def choose_exponent(largest: float) -> int:

@@ -70,17 +70,18 @@ def still_good(
 
 
 def _match(earlier: list[Done], planned: Planned, position: int) -> Iterator[tuple[Done, SourceTensor, int]]:
-    """Each journalled tensor with its source and where its sections begin, as long as they fit the plan."""
+    """Each journalled tensor with its source and where its sections begin, as long as they fit the plan: whether codes
+    were worth compressing, and what else depends on weights, only the file tells."""
     for done, (tensor, choice) in zip(earlier, planned, strict=False):
         entry = done.tensor
         lengths = {("raw", tensor.length)}
         if isinstance(entry, md.ScalarTensor) and choice.bits is not None:
             lengths = set(scalar_lengths(tensor.numel, choice.bits).items())
-        elif isinstance(entry, md.TrellisTensor) and choice.step is not None:  # what else there is, only the file tells
-            lengths = {(section.kind, section.length) for section in entry.sections}
+        elif isinstance(entry, md.TrellisTensor) and choice.step is not None:
+            lengths = {(section.kind, md.raw_length(section)) for section in entry.sections}
         if (entry.name, entry.dtype, tuple(entry.shape)) != (tensor.name, tensor.dtype, tensor.shape):
             return
-        if {(section.kind, section.length) for section in entry.sections} != lengths:
+        if {(section.kind, md.raw_length(section)) for section in entry.sections} != lengths:
             return
         yield done, tensor, position
         for section in entry.sections:

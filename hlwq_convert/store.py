@@ -3,22 +3,25 @@ each container, in one stream over all tensors, and written in file order."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 
 import msgspec
 import numpy as np
 
 from hlwq_formats import metadata as md
+from hlwq_formats.bitpack import unpack
 from hlwq_formats.dtypes import ITEM_BITS
 from hlwq_formats.errors import BadSafetensors, escape
 from hlwq_formats.layout import BLOCK, scalar_lengths
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
+from hlwq_formats.sections import compress_codes, pays
 from hlwq_formats.writer import Writer
 
 from .frequencies import add_counts, cost
@@ -91,6 +94,10 @@ class CannotDecode(Exception):
     """A tensor at an end of the float range: its decoding would overflow, or all of it vanish."""
 
 
+class NotSmaller(Exception):
+    """Compressed, the codes of a tensor take no less, though those of its first chunk did."""
+
+
 def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Sequence[Output]]]) -> Iterator[Taken]:
     """Store tensors in the given order, each in the files given with it, and yield those that are stored."""
 
@@ -121,39 +128,46 @@ def _read_piece(model: ModelDir, of: Taken, start: int, length: int) -> Piece:
     if of.tensor.dtype == "BOOL" and max(raw, default=0) > 1:
         raise BadSafetensors(f"a boolean is {max(raw)}, expected 0 or 1", file=of.tensor.file, tensor=of.tensor.name)
     first = start * 8 // ITEM_BITS[of.tensor.dtype]
-    return Piece(of, length, [raw if one.encode is None else one.encode(raw, first) for one in of.surveyed])
+    return Piece(of, length, [_encode(one, raw, first) for one in of.surveyed])
+
+
+def _encode(of: Surveyed, raw: bytes, first: int) -> Content:
+    """Encode weights from flat index `first`; codes of the best effort a second time, compressed."""
+    if of.encode is None:
+        return raw
+    chunk = of.encode(raw, first)
+    if isinstance(of.code, ScalarCode) and of.code.effort == "best" and not of.packed:
+        assert isinstance(chunk, EncodedChunk)
+        codes = unpack(chunk.codes, of.code.bits, 8 * len(chunk.codes) // of.code.bits)
+        return replace(chunk, frame=compress_codes(codes))
+    return chunk
 
 
 def _write_tensor(run: Run, of: Taken, pieces: Iterable[Piece]) -> None:
     """Store one tensor in each file as chosen, or raw where it cannot be quantized."""
     positions = [output.writer.position for output in of.outputs]
-    opened = [_open_tensor(output, one) for output, one in zip(of.outputs, of.surveyed, strict=True)]
-    for piece in pieces:
+    pieces = iter(pieces)
+    first = next(pieces)
+    opened = [_open_tensor(*each) for each in zip(of.outputs, of.surveyed, first.contents, strict=True)]
+    for piece in chain([first], pieces):
         for (put, _), content in zip(opened, piece.contents, strict=True):
             put(content)
         run.step(piece.source_bytes * len(opened))
-    for output, position, (_, finish) in zip(of.outputs, positions, opened, strict=True):
+    for output, one, position, (_, finish) in zip(of.outputs, of.surveyed, positions, opened, strict=True):
         try:
             output.tensors.append(finish())
-        except CannotDecode as error:
+        except (CannotDecode, NotSmaller) as error:
             output.writer.rewind(position)
             run.step(-of.tensor.length)
-            _write_raw(run, output, Surveyed(of.tensor, f"quantized it would decode to {error}"))
+            plain = replace(one, packed=True)
+            raw = Surveyed(of.tensor, f"quantized it would decode to {error}")
+            taken = Taken(of.tensor, [output], [plain if isinstance(error, NotSmaller) else raw])
+            _write_tensor(run, taken, (_read_piece(run.model, taken, *place) for place in _places(taken)))
 
 
-def _write_raw(run: Run, output: Output, of: Surveyed) -> None:
-    """Read a tensor once more and store it raw in one file."""
-    put, finish = _open_raw(output, of)
-    taken = Taken(of.tensor, [output], [of])
-    for piece in (_read_piece(run.model, taken, *place) for place in _places(taken)):
-        put(piece.contents[0])
-        run.step(piece.source_bytes)
-    output.tensors.append(finish())
-
-
-def _open_tensor(output: Output, of: Surveyed) -> tuple[Put, Callable[[], md.StoredTensor]]:
-    """Begin a tensor in a file: what takes its pieces, and what makes its entry."""
-    return _open_raw(output, of) if of.code is None else _open_quantized(output, of, of.code)
+def _open_tensor(output: Output, of: Surveyed, first: Content) -> tuple[Put, Callable[[], md.StoredTensor]]:
+    """Begin a tensor in a file: what takes its pieces, of which this is the first, and what makes its entry."""
+    return _open_raw(output, of) if of.code is None else _open_quantized(output, of, of.code, first)
 
 
 def _open_raw(output: Output, of: Surveyed) -> tuple[Put, Callable[[], md.RawTensor]]:
@@ -171,16 +185,15 @@ def _open_raw(output: Output, of: Surveyed) -> tuple[Put, Callable[[], md.RawTen
 
 
 def _open_quantized(
-    output: Output, of: Surveyed, code: ScalarCode | TrellisCode
+    output: Output, of: Surveyed, code: ScalarCode | TrellisCode, first: Content
 ) -> tuple[Put, Callable[[], md.QuantizedTensor]]:
     tensor = of.tensor
     store: Put
     make_entry: Callable[[], md.QuantizedTensor]
-    store, make_entry = (
-        _open_scalar(output.writer, of, code)
-        if isinstance(code, ScalarCode)
-        else _open_trellis(output.writer, of, code)
-    )
+    if isinstance(code, TrellisCode):
+        store, make_entry = _open_trellis(output.writer, of, code)
+    else:
+        store, make_entry = (_open_coded if _is_smaller(first) else _open_scalar)(output.writer, of, code)
     sums, checksums, finite = ErrorSums(), list[int](), True
     counts = np.zeros(2, np.int64)  # of the indices of a trellis
 
@@ -200,6 +213,7 @@ def _open_quantized(
         closeness = sums.closeness()
         if closeness is not None and closeness.cosine == 0:
             raise CannotDecode("zeros")
+        entry = make_entry()
         if of.zeros >= _MOSTLY * tensor.numel:
             share = f"{of.zeros} of {tensor.numel} weights are zero"
             output.warnings.append(f'tensor "{escape(tensor.name)}": {share}: was {escape(tensor.file)} fetched whole?')
@@ -207,15 +221,19 @@ def _open_quantized(
         entropy_bytes = math.ceil(cost(counts) / 8) if isinstance(code, TrellisCode) else None
         output.report.append(TensorReport(tensor.name, cosine, rel_mse, entropy_bytes))
         output.checksums[tensor.name] = checksums
-        return make_entry()
+        return entry
 
     return put, finish
 
 
+def _is_smaller(chunk: Content) -> bool:
+    """Whether the codes of the first chunk of a tensor, and so most likely all, are to be compressed."""
+    return isinstance(chunk, EncodedChunk) and chunk.frame != b"" and pays(len(chunk.frame), len(chunk.codes))
+
+
 def _open_scalar(writer: Writer, of: Surveyed, code: ScalarCode) -> tuple[Put, Callable[[], md.ScalarTensor]]:
-    """Begin a tensor of scalar codes: what takes its chunks, and what makes its entry."""
-    tensor = of.tensor
-    sections = {kind: writer.open_section(kind, n) for kind, n in scalar_lengths(tensor.numel, code.bits).items()}
+    lengths = scalar_lengths(of.tensor.numel, code.bits)
+    sections = {kind: writer.open_section(kind, length) for kind, length in lengths.items()}
     sections["levels"].write(code.levels.tobytes())
 
     def put(chunk: Content) -> None:
@@ -223,17 +241,44 @@ def _open_scalar(writer: Writer, of: Surveyed, code: ScalarCode) -> tuple[Put, C
         sections["codes"].write(chunk.codes)
         sections["scales"].write(chunk.scales)
 
+    return put, lambda: _scalar_entry(of, code, [section.done() for section in sections.values()])
+
+
+def _open_coded(writer: Writer, of: Surveyed, code: ScalarCode) -> tuple[Put, Callable[[], md.ScalarTensor]]:
+    """As `_open_scalar`, with compressed codes, in the place that packed ones would take until all are there: then
+    levels and scales move up."""
+    lengths = scalar_lengths(of.tensor.numel, code.bits)
+    codes, levels, scales = (writer.open_section(kind, length) for kind, length in lengths.items())
+    levels.write(code.levels.tobytes())
+    packed_digest, frames, room = hashlib.sha256(), list[int](), lengths["codes"]
+
+    def put(chunk: Content) -> None:
+        assert isinstance(chunk, EncodedChunk)
+        packed_digest.update(chunk.codes)
+        frames.append(len(chunk.frame))
+        if sum(frames) <= room:
+            codes.write(chunk.frame)
+        scales.write(chunk.scales)
+
     def finish() -> md.ScalarTensor:
-        return md.ScalarTensor(
-            tensor.name, tensor.dtype, list(tensor.shape), of.reason, code.bits, BLOCK, code.exponent, of.sha256,
-            [section.done() for section in sections.values()],
-        )  # fmt: skip
+        if not pays(sum(frames), room):
+            raise NotSmaller
+        codes.shrink([levels, scales])
+        packing = md.Zstd(frames, room, packed_digest.hexdigest())
+        section = msgspec.structs.replace(codes.done(), zstd_codes=packing)
+        return _scalar_entry(of, code, [section, levels.done(), scales.done()])
 
     return put, finish
 
 
+def _scalar_entry(of: Surveyed, code: ScalarCode, sections: list[md.Section]) -> md.ScalarTensor:
+    tensor = of.tensor
+    return md.ScalarTensor(
+        tensor.name, tensor.dtype, list(tensor.shape), of.reason, code.bits, BLOCK, code.exponent, of.sha256, sections
+    )
+
+
 def _open_trellis(writer: Writer, of: Surveyed, code: TrellisCode) -> tuple[Put, Callable[[], md.TrellisTensor]]:
-    """Begin a tensor of a trellis: what takes its chunks, and what makes its entry."""
     tensor, lengths = of.tensor, list[int]()
     sections = [
         writer.write_section("scales", code.row_scales.tobytes(), compress=True),

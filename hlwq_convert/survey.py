@@ -48,6 +48,7 @@ class Surveyed:
     code: ScalarCode | TrellisCode | None = None  # None: raw
     encode: Encode | None = None
     zeros: int = 0
+    packed: bool = False  # codes are not to be compressed
 
 
 MakeEncoder = Callable[[ScalarCode], Callable[[bytes], EncodedChunk]]

@@ -140,6 +140,28 @@ def trellis_extremes() -> Parts:
     return parts
 
 
+def coded() -> Parts:
+    """Every width with compressed codes, whatever that takes, and one tensor of two frames."""
+    parts = empty(signs=True)
+
+    def compress(name: str, dtype: str, shape: list[int], bits: int) -> None:
+        count = count_blocks(numel(shape)) * BLOCK
+        add_scalar(parts, name, dtype, shape, bits, exponent=-8)
+        codes = unpack(parts.blobs[-3], bits, count).copy()
+        codes[4096:] = 1
+        parts.blobs[-3] = pack(codes, bits)
+        starts = range(0, count, md.FRAME)
+        sizes = [min(md.FRAME, count - start) for start in starts]
+        texts = [codes[start : start + size][:4096].tobytes() for start, size in zip(starts, sizes, strict=True)]
+        pairs = zip(sizes, texts, strict=True)
+        parts.compress_codes([zstd_frame(size, text, letter=b"\1") for size, text in pairs])
+
+    for bits in range(2, 9):
+        compress(f"w{bits}", WEIGHT_DTYPES[bits % 3], [3, 123], bits)
+    compress("w9.two-frames", "BF16", [1025, 1024], 3)
+    return parts
+
+
 def no_signs() -> Parts:
     """Every width without signs."""
     parts = empty()
@@ -234,6 +256,8 @@ def good() -> Iterator[tuple[str, bytes]]:
     yield "nothing", empty().build()
     yield "compat-bit", smallest().build(compat=1 << 63 | 1)
     yield "minor-2", smallest().build(minor=2)
+    yield "minor-3", smallest().build(minor=3)
+    yield "coded", coded().build()
     for states in rans.TRELLISES:
         yield f"trellis-{states}", trellis_sizes(states).build()
     yield "trellis-rows", trellis_rows().build()

@@ -18,6 +18,7 @@ import numpy as np
 
 from hlwq_convert.rotate import SIGN_BYTES
 from hlwq_formats import rans
+from hlwq_formats.bitpack import pack
 
 Object = dict[str, Any]
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -95,6 +96,13 @@ class Parts:
         zstd = {"frames": [len(frame)], "raw_length": len(data), "raw_sha256": sha256(data)}
         self.tensors[-1]["sections"][0].update(length=len(frame), sha256=sha256(frame), zstd=zstd)
 
+    def compress_codes(self, frames: list[bytes]) -> None:
+        """Store the codes of the scalar tensor that was added last as zstd frames of a byte for each."""
+        entry = self.tensors[-1]["sections"][0]
+        packed, self.blobs[-3] = self.blobs[-3], b"".join(frames)
+        zstd = {"frames": [len(f) for f in frames], "raw_length": len(packed), "raw_sha256": sha256(packed)}
+        entry.update(length=len(self.blobs[-3]), sha256=sha256(self.blobs[-3]), zstd_codes=zstd)
+
     def alias(self, name: str, dtype: str, shape: list[int], of: str) -> None:
         """Append an alias."""
         self.tensors.append({"encoding": "alias", "name": name, "dtype": dtype, "shape": shape, "of": of})
@@ -123,8 +131,9 @@ class Parts:
 
     def build(self, **header: Any) -> bytes:
         """The file; keyword arguments overwrite fields of the header."""
-        if any(tensor.get("encoding") == "trellis" for tensor in self.tensors):
-            header = {"minor": 1, "incompat": 2, **header}
+        trellis = any(tensor.get("encoding") == "trellis" for tensor in self.tensors)
+        coded = any("zstd_codes" in section for tensor in self.tensors for section in tensor.get("sections", []))
+        header = {"minor": 2 if coded else int(trellis), "incompat": coded + 2 * trellis, **header}
         return layout(canonical(self.document), self.blobs, **header)
 
 
@@ -171,12 +180,12 @@ def flip(data: bytes, offset: int) -> bytes:
     return data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
 
 
-def zstd_frame(size: int, text: bytes = b"", header: bytes | None = None) -> bytes:
+def zstd_frame(size: int, text: bytes = b"", header: bytes | None = None, letter: bytes = b"a") -> bytes:
     """A zstd frame of `size` bytes, `text` and then letters a, whose bytes no compressor's version decides."""
-    blocks = [struct.pack("<I", len(text) << 3)[:3] + text] if text else []
+    blocks = [struct.pack("<I", len(text) << 3 | (len(text) == size))[:3] + text] if text else []
     for start in range(len(text), size, RLE_LIMIT):
         length = min(RLE_LIMIT, size - start)
-        blocks.append(struct.pack("<I", length << 3 | 2 | (start + length == size))[:3] + b"a")
+        blocks.append(struct.pack("<I", length << 3 | 2 | (start + length == size))[:3] + letter)
     return (header or ZSTD_MAGIC + b"\xa0" + struct.pack("<I", size)) + b"".join(blocks)
 
 
@@ -597,10 +606,71 @@ def trellis_faults() -> Iterator[Fault]:
         yield wrong(name, error, fault, replace(index, data))
 
 
+def coded_base() -> Parts:
+    """One tensor of 3-bit codes, two blocks, that are compressed: 0 to 7 in turn."""
+    parts, codes = empty(), bytes(range(8)) * 32
+    levels = struct.pack("<8f", *range(-4, 4))
+    parts.scalar("t", "F32", [2, 100], 0, pack(np.frombuffer(codes, np.uint8), 3), levels, struct.pack("<2e", 1, 2))
+    parts.compress_codes([zstd_frame(256, codes)])
+    return parts
+
+
+def coded_faults() -> Iterator[Fault]:
+    """Everything that is special to compressed codes."""
+
+    def wrong(name: str, error: str, fault: str, edit: Callable[[Parts], object], **header: Any) -> Fault:
+        parts = coded_base()
+        edit(parts)
+        return Fault(f"coded-{name}", error, fault, parts.build(**header))
+
+    yield wrong("no-feature", "BadMetadata", "The header lacks the feature bit of compressed codes.", lambda p: None,
+                incompat=0)  # fmt: skip
+    yield Fault("coded-unused", "BadMetadata", "The feature bit of compressed codes is set without need.",
+                empty().build(minor=2, incompat=1))  # fmt: skip
+    entry = coded_base().tensors[0]["sections"][0]
+    length, zstd = entry["length"], entry["zstd_codes"]
+    for name, fault, path, value in (
+        ("raw-length", "The packed codes are one byte short of the shape.", "0.zstd_codes.raw_length", 95),
+        ("byte-length", "The raw length is that of a byte for each code.", "0.zstd_codes.raw_length", 256),
+        ("frame-count", "One frame is listed as two.", "0.zstd_codes.frames", [2, length - 2]),
+        ("frame-sum", "The frame is longer than the section.", "0.zstd_codes.frames", [length + 1]),
+        ("no-frame", "No frame is listed.", "0.zstd_codes.frames", []),
+        ("twice", "The codes are compressed both as bytes and as codes.", "0.zstd", zstd),
+        ("as-bytes", "The codes are compressed as bytes are.", "0",
+         {"kind": "codes", "length": length, "sha256": entry["sha256"], "zstd": zstd}),
+        ("levels", "The levels are compressed as codes.", "1.zstd_codes", {**zstd, "raw_length": 32}),
+        ("chunks", "The compressed codes are listed as a chunk.", "0.chunks", [length]),
+        ("frame-large", "A frame has over 1,052,672 bytes.", "0",
+         {**entry, "length": 1052673, "zstd_codes": {**zstd, "frames": [1052673]}}),
+    ):  # fmt: skip
+        yield wrong(name, "BadTensor", fault, put(f"tensors.0.sections.{path}", value))
+
+    def replace(frame: bytes) -> Callable[[Parts], None]:
+        def edit(parts: Parts) -> None:
+            parts.replace(0, frame)
+            parts.tensors[0]["sections"][0]["zstd_codes"]["frames"] = [len(frame)]
+
+        return edit
+
+    codes = bytes(range(8)) * 32
+    for name, fault, frame in (
+        ("code", "The last code is 8.", zstd_frame(256, codes[:-1] + b"\x08")),
+        ("code-255", "A code is 255.", zstd_frame(256, b"\xff" + codes[1:])),
+        ("packed", "A frame holds the packed codes.", zstd_frame(96, codes[:96])),
+        ("more", "A frame holds a code more than it states.", zstd_frame(257, codes + b"\0", zstd_frame(256)[:9])),
+        ("bomb", "A frame states and holds 1 MiB.", zstd_frame(1 << 20, codes, letter=b"\0")),
+        ("cut", "A frame lacks its last byte.", zstd_frame(256, codes)[:-1]),
+        ("trailing", "A frame is followed by a byte in its place.", zstd_frame(256, codes) + b"\0"),
+    ):
+        yield wrong(name, "BadFrames", fault, replace(frame))
+    yield wrong("other", "BadDigest", "The codes are others than those of the digest.",
+                replace(zstd_frame(256, codes[::-1])))  # fmt: skip
+
+
 def bad() -> list[Fault]:
     """All of spec/vectors/bad."""
     groups = (header_faults, layout_faults, json_faults, schema_faults, tensor_faults, asset_faults, frame_faults,
-              value_faults, trellis_faults)  # fmt: skip
+              value_faults, trellis_faults, coded_faults)  # fmt: skip
     return [fault for group in groups for fault in group()]
 
 
@@ -608,15 +678,14 @@ def unsupported() -> list[Fault]:
     """All of spec/vectors/unsupported."""
     feature = "UnsupportedFeature"
     changed: list[tuple[str, str, str, Any, int]] = [
-        ("minor-2-key", "Minor version 2 with an unknown key.", "notes", None, 2),
-        ("minor-2-encoding", "Minor version 2 with an unknown encoding.", "tensors.2.encoding", "other", 2),
-        ("minor-2-kind", "Minor version 2 with an unknown kind of section.", "tensors.2.sections.0.kind", "other", 2),
+        ("minor-3-key", "Minor version 3 with an unknown key.", "notes", None, 3),
+        ("minor-3-encoding", "Minor version 3 with an unknown encoding.", "tensors.2.encoding", "other", 3),
+        ("minor-3-kind", "Minor version 3 with an unknown kind of section.", "tensors.2.sections.0.kind", "other", 3),
         ("dtype", "An unknown dtype.", "tensors.2.dtype", "F128", 0),
         ("block-256", "Blocks of 256.", "tensors.0.block", 256, 0),
     ]
     return [
         Fault("major-2", "UnsupportedVersion", "Major version 2.", empty().build(major=2)),
-        Fault("incompat-0", feature, "Incompatible feature 0, framed codes.", empty().build(incompat=1)),
         Fault("incompat-2", feature, "Incompatible feature 2, split set.", empty().build(incompat=4)),
         Fault("incompat-63", feature, "Incompatible feature 63.", empty().build(incompat=1 << 63)),
         *(edited(name, feature, fault, put(path, value), minor=minor) for name, fault, path, value, minor in changed),

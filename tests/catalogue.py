@@ -101,7 +101,6 @@ COVERED: dict[int, tuple[str, ...]] = {
 NOT_APPLICABLE: dict[int, str] = {
     16: "there is one header and one copy of the metadata (DESIGN 4)",
     17: "the alignment is a constant, not a field (DESIGN 4)",
-    45: "cannot occur at block 128 with 2**bits levels; the trellis is not there yet (DESIGN)",
     46: "cannot occur: a block of 128 codes ends on a byte at every width (DESIGN 4)",
     53: "split sets are not there yet: the incompat bit 2 is refused (row 5)",
 }

@@ -34,6 +34,7 @@ from vectors_bad import (
     align,
     base,
     canonical,
+    coded_base,
     empty,
     layout,
     make_header,
@@ -76,6 +77,14 @@ def packed(data: bytes, size: int = SIZE) -> bytes:
     """The asset d.txt is this one frame, said to hold `size` bytes."""
     zstd = put("assets.1.sections.0.zstd", {"frames": [len(data)], "raw_length": size, "raw_sha256": "0" * 64})
     return edited(lambda parts: parts.replace(PACKED, data), zstd)
+
+
+def coded(data: bytes) -> bytes:
+    """The file of compressed codes, 256 of 3 bits, with this one frame."""
+    parts = coded_base()
+    parts.replace(0, data)
+    parts.tensors[0]["sections"][0]["zstd_codes"]["frames"] = [len(data)]
+    return parts.build()
 
 
 def header_of(*fields: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""A second reader of .hlwq 1.1, written from spec/hlwq-v1.md alone; numbers in comments are its sections."""
+"""A second reader of .hlwq 1.2, written from spec/hlwq-v1.md alone; numbers in comments are its sections."""
 
 import hashlib
 import json
@@ -24,16 +24,11 @@ JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=Tru
 # 5.2, 5.3: a range is an integer, a pattern a string, a tuple one of these, [rule, lengths] an array, a dict an object
 COUNT, POSITIVE, BITS, DIGEST = range(2**53), range(1, 2**53), range(2, 9), re.compile("[0-9a-f]{64}")
 TEXT, NAME = re.compile(r"[^\x00-\x1f\x7f]{0,4096}"), re.compile(r"[^\x00-\x1f\x7f]{1,512}")
-PLAIN = {
-    "kind": ("signs", "codes", "levels", "scales", "raw", "frequencies", "symbols", "asset"),
-    "length": COUNT,
-    "sha256": DIGEST,
-}
-SECTION = (
-    PLAIN,
-    PLAIN | {"chunks": [POSITIVE, COUNT]},
-    PLAIN | {"zstd": {"frames": [POSITIVE, COUNT], "raw_length": POSITIVE, "raw_sha256": DIGEST}},
-)
+KINDS = ("signs", "codes", "levels", "scales", "raw", "frequencies", "symbols", "asset")
+PLAIN = {"kind": KINDS, "length": COUNT, "sha256": DIGEST}
+ZSTD = {"frames": [POSITIVE, COUNT], "raw_length": POSITIVE, "raw_sha256": DIGEST}
+SYMBOLS, CODES = {"kind": "symbols", "chunks": [POSITIVE, COUNT]}, {"kind": "codes", "zstd_codes": ZSTD}
+SECTION = (PLAIN, PLAIN | {"zstd": ZSTD}, PLAIN | SYMBOLS, PLAIN | CODES)
 TENSOR = {"name": NAME, "dtype": tuple(DTYPES), "shape": [COUNT, range(9)]}
 RAW = TENSOR | {"encoding": "raw", "reason": TEXT, "sections": [SECTION, range(4)]}
 SCALAR = RAW | {"encoding": "scalar", "bits": BITS, "block": 128, "exponent": range(-126, 113), "source_sha256": DIGEST}
@@ -88,6 +83,11 @@ def check_entries(tensors: list[dict[str, Any]], assets: list[dict[str, Any]]) -
         if t["encoding"] == "scalar":
             assert t["dtype"] in ("BF16", "F16", "F32") and n
             want = [("codes", -(-n // 128) * 16 * t["bits"]), ("levels", 4 << t["bits"]), ("scales", -(-n // 128) * 2)]
+            if z := t["sections"][0].get("zstd_codes"):
+                stored, z["bits"] = t["sections"][0]["length"], t["bits"]  # for `unpack`
+                assert z["raw_length"] == want[0][1] and max(z["frames"]) <= 1052672
+                assert len(z["frames"]) == -(-n // 128 * 128 // 2**20) and sum(z["frames"]) == stored
+                want[0] = ("codes", stored)
         if t["encoding"] == "trellis":
             small, lengths = t["sections"][:2], t["sections"][2]["chunks"]
             rows, table = (raw_length(s) for s in small)
@@ -99,7 +99,6 @@ def check_entries(tensors: list[dict[str, Any]], assets: list[dict[str, Any]]) -
             assert all(length % 2 == 0 and length <= 1048704 for length in lengths)
         assert [(s["kind"], s["length"]) for s in t["sections"]] == want
         assert t["encoding"] == "trellis" or not any("zstd" in s for s in t["sections"])
-        assert all("chunks" not in s or s["kind"] == "symbols" for s in t["sections"])
         seen[t["name"]] = (t["dtype"], t["shape"])
     assert all(a < b for a, b in pairwise((a["name"] == "report.json", a["name"].encode()) for a in assets))
     lower = {a["name"].encode().lower() for a in assets}  # of bytes: A to Z alone
@@ -108,7 +107,7 @@ def check_entries(tensors: list[dict[str, Any]], assets: list[dict[str, Any]]) -
     for a in assets:
         (s,), parts = a["sections"], a["name"].split("/")
         total += (size := raw_length(s))
-        assert s["kind"] == "asset" and "chunks" not in s and len(a["name"].encode()) <= 512
+        assert s["kind"] == "asset" and len(a["name"].encode()) <= 512
         assert size <= 2**26 and total <= 2**30
         assert all(len(p.encode()) <= 255 and not BAD_PART.search(p) and not DEVICE.fullmatch(p) for p in parts)
 
@@ -116,15 +115,19 @@ def check_entries(tensors: list[dict[str, Any]], assets: list[dict[str, Any]]) -
 def unpack(s: dict[str, Any], padding: bytes, stored: bytes) -> bytes:
     """The raw bytes of a section, verified with the padding before it (4, 6.4)."""
     assert not any(padding) and hashlib.sha256(stored).hexdigest() == s["sha256"]
-    if not (z := s.get("zstd")):
+    if not (z := s.get("zstd", s.get("zstd_codes"))):
         return stored
-    raw = b""
+    raw, bits = b"", z.get("bits", 8)
     for start, end in pairwise(accumulate(z["frames"], initial=0)):
-        frame, size = stored[start:end], min(2**20, z["raw_length"] - len(raw))
+        frame, size = stored[start:end], min(2**20, z["raw_length"] * 8 // bits - len(raw))
         head = zstandard.get_frame_parameters(frame)
         assert frame[:4] == b"(\xb5/\xfd" and head.window_size <= 2**23
         assert (head.content_size, head.dict_id) == (size, 0)
         raw += zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    if bits < 8:  # a code a byte
+        assert max(raw) < 2**bits
+        each = np.unpackbits(np.frombuffer(raw, np.uint8)[:, None], axis=1, bitorder="little")
+        raw = np.packbits(each[:, :bits], bitorder="little").tobytes()
     assert hashlib.sha256(raw).hexdigest() == z["raw_sha256"]
     return raw
 
@@ -212,11 +215,11 @@ def read(data: bytes) -> dict[str, Any]:
     assert hashlib.sha256(data[meta_off:]).digest() == digest
     meta = json.loads(text := data[meta_off:].decode())  # 5.1
     assert JSON.encode(meta) == text and fits(meta, DOCUMENT)
-    assert incompat == 2 * any(t["encoding"] == "trellis" for t in meta["tensors"])  # 10
     signs, tensors, assets = [meta["signs"]] if meta["signs"] else [], meta["tensors"], meta["assets"]
     assert all((s["kind"], s["length"]) == ("signs", 16) for s in signs)
     check_entries(tensors, assets)
     sections = [*signs, *(s for entry in tensors + assets for s in entry.get("sections", []))]  # 4
+    assert incompat == any("zstd_codes" in s for s in sections) + 2 * any("row" in t for t in tensors)  # 10
     ends = list(accumulate((s["length"] for s in sections), lambda end, n: -(-end // 64) * 64 + n, initial=128))
     assert ends[-1] == 128 + data_len and not any(data[ends[-1] : meta_off])
     spans = ((s, before, end - s["length"], end) for s, (before, end) in zip(sections, pairwise(ends), strict=True))

@@ -25,6 +25,7 @@ from catalogue_files import (
     bad,
     check_bad_files,
     claimed,
+    coded,
     cut,
     edited,
     header_of,
@@ -61,6 +62,8 @@ from vectors_bad import zstd_frame as frame
 
 import hlwq_convert as h
 from hlwq_formats.reader import Reader
+
+T, IN_TURN = 'tensor "t": ', bytes(range(8)) * 32
 
 TENSORS = [
     bad(34, "twice", value("tensors.1.name", "a"), "BadTensor", A, "appears twice"),
@@ -104,6 +107,8 @@ TENSORS = [
     bad(44, "values", (section(LEVELS, levels(*new)) for new in
         ((-2, -1, 1, NAN), (-2, NAN, 1, 2), (-2, -1, 1, INF), (-INF, -1, 1, 2), (-2, -1, 1, 65505), (-2, 1, -1, 2),
          (-2, 1, 1, 2), (2, 1, -1, -2), (-2, -0.0, 0.0, 2))), "BadValues", A + "levels@0x100: ", "strictly increasing"),
+    *(bad(45, f"compressed-{code}", coded(frame(256, IN_TURN[:at] + bytes([code]) + IN_TURN[at + 1 :])), "BadFrames",
+          T + "codes@0x80: ", f"holds the code {code}, expected less than 8") for code, at in ((8, 0), (255, 255))),
     *(bad(47, f"scale-{bits:04x}", section(SCALES, struct.pack("<H", bits)), "BadValues", A + "scales@0x140: ",
           f"scale 0 is {bits:#06x}") for bits in (0x7E00, 0x7C00, 0xFC00, 0xAC00, 0x8000, 0x8001)),
     bad(48, "dtype", value("tensors.2.dtype", "F128"), "UnsupportedFeature", C, "unknown dtype F128"),
@@ -129,13 +134,19 @@ FRAMES = [
           f"states {size} bytes", f"expected {SIZE} bytes") for size in (2**40, 2**34, SIZE + 1, SIZE - 1, 0)),
     bad(55, "holds-more-or-less", [packed(frame(SIZE + 1, header=frame(SIZE)[:9])),
                                    packed(frame(SIZE - 1, header=frame(SIZE)[:9]))], "BadFrames", "frame 0 of"),
+    *(bad(55, f"codes-state-{size}", coded(header_of(b"\xe0", struct.pack("<Q", size))), "BadFrames", T + "codes@0x80:",
+          f"states {size} bytes", "expected 256 bytes") for size in (2**40, 257, 96, 0)),
     bad(56, "ratio", (packed(ZSTD_MAGIC + rest, 1 << 20) for rest in (b"", b"\xa0\0\0\x10\0", b"\xa0\0\0\x10\0\1\0\0")),
         "BadFrames", "frame 0 of"),
     bad(57, "compressed-codes", value("tensors.0.sections.0.zstd", {
         "frames": [32], "raw_length": 32, "raw_sha256": "0" * 64}), "BadTensor", A, "compressed; expected codes of 32"),
+    bad(58, "more-than-the-frame-of-codes", (coded(new) for new in (
+        frame(256, IN_TURN) + ZSTD_MAGIC + b"\x20\0\1\0\0", b"\x50\x2a\x4d\x18\0\0\0\0" + frame(256, IN_TURN),
+        frame(256, IN_TURN) + b"\0", frame(256, IN_TURN)[4:])), "BadFrames", T, "frame 0 of"),
     bad(58, "more-than-the-frame", (packed(new) for new in (
         frame(SIZE) + ZSTD_MAGIC + b"\x20\0\1\0\0", b"\x50\x2a\x4d\x18\0\0\0\0" + frame(SIZE), frame(SIZE) + b"\0",
         frame(SIZE)[4:], header_of(b"\xa1\x07", struct.pack("<I", SIZE)))), "BadFrames", 'asset "d.txt"', "frame 0 of"),
+    bad(59, "cut-codes", [coded(frame(256, IN_TURN)[:n]) for n in (1, 4, 6, 9, 12, 100, 267)], "BadFrames", T),
     bad(59, "cut", [packed(frame(SIZE)[:n]) for n in (4, 6, 9, 11, 12)] + [packed(CHECKED[:-4]), packed(CHECKED[:-1])],
         "BadFrames", 'asset "d.txt"', "frame 0 of"),
     bad(60, "window-2-to-the-31", packed(header_of(b"\x80\xa8", struct.pack("<I", SIZE))), "BadFrames", "2147483648",
@@ -143,7 +154,7 @@ FRAMES = [
     bad(61, "plain-but-packed", section(FLAGS, frame(3)), "BadTensor", C, f"{len(frame(3))} bytes; expected raw of 3"),
     bad(61, "packed-but-plain", packed(b"a" * 13), "BadFrames", 'asset "d.txt"', "does not start with the zstd magic"),
     bad(61, "unknown-codec", value("assets.1.sections.0.lz4", {}), "BadMetadata", "unknown field `lz4`"),
-    bad(61, "codec-of-1.2", value("assets.1.sections.0.lz4", {}, minor=2), "UnsupportedFeature", "format 1.2", "lz4"),
+    bad(61, "codec-of-1.3", value("assets.1.sections.0.lz4", {}, minor=3), "UnsupportedFeature", "format 1.3", "lz4"),
     bad(62, "compressed-nothing", [packed(frame(0), 0), value("assets.1.sections.0.zstd.frames", [])], "BadMetadata"),
 ]  # fmt: skip
 
@@ -258,12 +269,14 @@ def test_an_asset_is_decompressed_once(tmp_path: Path, inner: bytes) -> None:
         assert reader.read_asset("d.txt") == inner
 
 
-BOMBS: dict[str, tuple[Callable[[], bytes], str, str]] = {
-    "stated": (lambda: packed(frame(1 << 30)), "BadFrames", f"states {1 << 30} bytes"),
-    "unstated": (lambda: packed(ZSTD_MAGIC + b"\0\x38" + frame(1 << 30)[9:]), "BadFrames", "it states "),
-    "understated": (lambda: packed(frame(1 << 30, header=frame(SIZE)[:9])), "BadFrames", "frame 0 of"),
-    "unlimited": (lambda: packed(frame(1 << 30), 1 << 30), "BadMetadata", "1 frames of"),
-    "promised": (lambda: promised(1024), "BadMetadata", "over the limit of 67108864 bytes"),
+BOMBS: dict[str, tuple[Callable[[], bytes], str, str, str]] = {
+    "stated": (lambda: packed(frame(1 << 30)), "BadFrames", "d.txt", f"states {1 << 30} bytes"),
+    "unstated": (lambda: packed(ZSTD_MAGIC + b"\0\x38" + frame(1 << 30)[9:]), "BadFrames", "d.txt", "it states "),
+    "understated": (lambda: packed(frame(1 << 30, header=frame(SIZE)[:9])), "BadFrames", "d.txt", "frame 0 of"),
+    "unlimited": (lambda: packed(frame(1 << 30), 1 << 30), "BadMetadata", "d.txt", "1 frames of"),
+    "promised": (lambda: promised(1024), "BadMetadata", "d.txt", "over the limit of 67108864 bytes"),
+    "codes": (lambda: coded(frame(1 << 30)), "BadFrames", T, f"states {1 << 30} bytes"),
+    "codes-understated": (lambda: coded(frame(1 << 30, header=frame(256)[:9])), "BadFrames", T, "frame 0 of"),
 }
 
 
@@ -271,8 +284,8 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str, str]] = {
 def test_a_bomb_takes_no_memory(tmp_path: Path, names: list[str]) -> None:
     paths = [write(tmp_path / f"{name}.hlwq", BOMBS[name][0]()) for name in names]
     for path, name, result in zip(paths, names, measure("verify(path)", *paths), strict=True):
-        _, error, part = BOMBS[name]
-        check_measured(result, error, str(path), "d.txt", part, memory=16 << 20)
+        _, error, where, part = BOMBS[name]
+        check_measured(result, error, str(path), where, part, memory=16 << 20)
 
 
 def promised(mebibytes: int) -> bytes:

@@ -32,7 +32,7 @@ def odd_model(folder: Path) -> Path:
 
 
 @gpu
-@pytest.mark.parametrize("effort", ["default", "fast"])
+@pytest.mark.parametrize("effort", ["default", "fast", "best"])
 @pytest.mark.parametrize("bits", [2, 5, 8])
 def test_a_gpu_writes_the_file_that_the_cpu_writes(tmp_path: Path, bits: int, effort: str) -> None:
     model = odd_model(tmp_path / "model")

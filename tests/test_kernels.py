@@ -35,7 +35,7 @@ from hlwq_convert.quantize import (
     quantize,
 )
 from hlwq_convert.rotate import sign_vector, to_blocks
-from hlwq_convert.scalar import gains_of, nearest_level
+from hlwq_convert.scalar import EFFORTS, gains_of, nearest_level
 from hlwq_formats.dtypes import BIT_PATTERNS, WEIGHT_DTYPES, narrow, widen
 
 deterministic = settings(derandomize=True, database=None, deadline=None, max_examples=80)
@@ -91,7 +91,7 @@ def code_for(draw: st.DrawFn, values: Floats, dtype: str) -> ScalarCode:
     bits = draw(st.integers(2, 8))
     signs = sign_vector() if draw(st.booleans()) else np.ones(128, np.float32)
     exponent = choose_exponent(float(np.abs(values).max()))
-    return ScalarCode(dtype, bits, exponent, draw(codebooks(bits)), signs, draw(st.sampled_from(["default", "fast"])))
+    return ScalarCode(dtype, bits, exponent, draw(codebooks(bits)), signs, draw(st.sampled_from(EFFORTS)))
 
 
 @thorough

@@ -173,12 +173,12 @@ def test_progress_counts_the_bytes_of_all_files(source: Path, out: Path) -> None
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    """Let the steps of one file first be chosen for too small a size."""
+    """Let the steps of one file first be chosen for too large a size."""
     honest = conversion._plan
 
     def plan(job: Any, out: str, aliases: dict[str, str]) -> conversion.Planning:
         planning = honest(job, out, aliases)
-        return replace(planning, wanted=planning.wanted - 1500) if out == path else planning
+        return replace(planning, wanted=planning.wanted + 1500) if out == path else planning
 
     monkeypatch.setattr(conversion, "_plan", plan)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hlwq_convert.normal_levels import normal_levels
 from hlwq_convert.quantize import choose_exponent
-from hlwq_convert.scalar import EFFORTS, GAINS, encode, nearest_level
+from hlwq_convert.scalar import EFFORTS, GAINS, encode, nearest_level, penalty_of
 
 deterministic = settings(derandomize=True, database=None, deadline=None, max_examples=60)
 
@@ -156,6 +156,21 @@ def test_the_search_gains_on_gaussian_blocks(bits: int) -> None:
     blocks, levels = gaussian(2000, bits), normal_levels(bits)
     fast, searched = (squared_errors(blocks, levels, effort).sum() for effort in ("fast", "default"))
     assert searched < 0.995 * fast
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_more_search_has_less_error_and_fewer_bits(bits: int) -> None:
+    """At widths that are compressed; at the others error is all that counts."""
+    blocks, levels = gaussian(2000, bits), normal_levels(bits)
+    default, best = (squared_errors(blocks, levels, effort).sum() for effort in ("default", "best"))
+    assert best < default
+    entropies = []
+    for effort in ("default", "best"):
+        shares = np.bincount(encode(blocks, levels, effort)[0].ravel(), minlength=1 << bits) / blocks.size
+        entropies.append(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
+    assert (entropies[1] < entropies[0] - 0.025) == (2 < bits < 8)
+    assert (penalty_of("best", bits) > 0) == (2 < bits < 8)
+    assert penalty_of("default", bits) == penalty_of("fast", bits) == 0
 
 
 def test_the_search_includes_the_gain_of_the_fast_encoder() -> None:

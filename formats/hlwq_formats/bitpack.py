@@ -22,11 +22,12 @@ def pack(codes: NDArray[np.uint8], width: int) -> bytes:
     count = len(codes)
     if width == 8:
         return codes.tobytes()
-    octets = np.zeros((-(-count // 8), 8), np.uint8)
-    octets.reshape(-1)[:count] = codes
-    words = np.zeros(len(octets), "<u8")
-    for i in range(8):
-        words |= octets[:, i].astype("<u8") << np.uint64(i * width)
+    words = np.zeros(-(-count // 8), "<u8")
+    words.view(np.uint8)[:count] = codes
+    for lane in (8, 16, 32):  # neighbours are merged: in each lane of a word the lowest `used` bits are in use
+        used = width * lane // 8
+        low = np.uint64(sum(((1 << used) - 1) << i for i in range(0, 64, 2 * lane)))
+        words = (words & low) | ((words >> np.uint64(lane - used)) & (low << np.uint64(used)))
     stream = words.view(np.uint8).reshape(-1, 8)[:, :width]
     return stream.tobytes()[: packed_size(count, width)]
 

@@ -17,14 +17,15 @@ from .errors import BadHeader, BadLayout, Incomplete, NotHlwq, UnsupportedFeatur
 from .rans import CHUNK
 
 MAGIC = b"HLWQ\r\n\x1a\n"
-MAJOR, MINOR = 1, 1
+MAJOR, MINOR = 1, 2
 HEADER_LEN = 128
 ALIGNMENT = 64
 DATA_OFFSET = HEADER_LEN
 BLOCK = 128
 MAX_METADATA = 64 << 20
+CODES_BIT = 1 << 0
 TRELLIS_BIT = 1 << 1
-KNOWN_INCOMPAT = TRELLIS_BIT
+KNOWN_INCOMPAT = CODES_BIT | TRELLIS_BIT
 MAX_NUMEL = (1 << 53) - 1
 
 _HEADER = struct.Struct("<8sHHIQQQQQQQ32s20sI")
@@ -89,6 +90,13 @@ def trellis_lengths(n_elements: int, row: int) -> tuple[int, int]:
     return n_elements // row, -(-count_blocks(n_elements) * BLOCK // CHUNK)
 
 
+def minor_of(incompat: int) -> int:
+    """The lowest minor version that has these features (spec section 10)."""
+    if incompat & CODES_BIT:
+        return 2
+    return 1 if incompat & TRELLIS_BIT else 0
+
+
 def make_header(data_end: int, metadata: bytes, meta_sha256: bytes, incompat: int = 0) -> Header:
     """The header of a file whose last section ends at `data_end`, of the lowest version that has its features."""
     meta_off = align(data_end)
@@ -98,7 +106,7 @@ def make_header(data_end: int, metadata: bytes, meta_sha256: bytes, incompat: in
         data_len=data_end - DATA_OFFSET,
         file_len=meta_off + len(metadata),
         meta_sha256=meta_sha256,
-        minor=1 if incompat else 0,
+        minor=minor_of(incompat),
         incompat=incompat,
     )
 

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from .errors import BadMetadata, UnsupportedFeature, escape
-from .layout import BLOCK, MINOR, TRELLIS_BIT
+from .layout import BLOCK, CODES_BIT, MINOR, TRELLIS_BIT
 from .strict_json import parse
 
 FRAME = 1 << 20
@@ -53,13 +53,15 @@ class Zstd(Document):
 
 
 class Section(Document):
-    """One run of stored bytes, its length in bytes and their SHA-256; `chunks` are the lengths of those of symbols."""
+    """One run of stored bytes, its length in bytes and their SHA-256. `chunks` are the lengths of those of symbols;
+    `zstd_codes` says that codes are compressed as one byte each, its raw length and digest are of the packed stream."""
 
     kind: Kind
     length: Count
     sha256: Digest
     zstd: Zstd | UnsetType = UNSET
     chunks: list[Positive] | UnsetType = UNSET
+    zstd_codes: Zstd | UnsetType = UNSET
 
 
 class RawTensor(Document, tag_field="encoding", tag="raw"):
@@ -249,17 +251,26 @@ def all_sections(metadata: Metadata) -> Iterator[tuple[str, str, Section]]:
 
 def incompat_of(metadata: Metadata) -> int:
     """The feature bits of a file with this document (spec section 10)."""
-    return TRELLIS_BIT if any(isinstance(tensor, TrellisTensor) for tensor in metadata.tensors) else 0
+    coded = any(section.zstd_codes is not UNSET for _, _, section in all_sections(metadata))
+    trellis = any(isinstance(tensor, TrellisTensor) for tensor in metadata.tensors)
+    return CODES_BIT * coded | TRELLIS_BIT * trellis
+
+
+def packing_of(section: Section) -> Zstd | UnsetType:
+    """How a section is compressed, whichever way."""
+    return section.zstd if section.zstd_codes is UNSET else section.zstd_codes
 
 
 def raw_length(section: Section) -> int:
     """Bytes of the section after decompression."""
-    return section.length if section.zstd is UNSET else section.zstd.raw_length
+    packing = packing_of(section)
+    return section.length if packing is UNSET else packing.raw_length
 
 
 def raw_sha256(section: Section) -> str:
     """SHA-256 of the section's bytes after decompression."""
-    return section.sha256 if section.zstd is UNSET else section.zstd.raw_sha256
+    packing = packing_of(section)
+    return section.sha256 if packing is UNSET else packing.raw_sha256
 
 
 def content_id(metadata: Metadata) -> str:

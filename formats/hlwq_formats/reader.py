@@ -14,11 +14,11 @@ from itertools import islice, repeat
 from types import TracebackType
 
 import numpy as np
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
+from . import bitpack, rans
 from . import metadata as md
-from . import rans
 from .errors import BadDigest, BadFrames, BadLayout, BadValues, Usage, escape
 from .files import ByteSource, InputFile
 from .layout import (
@@ -31,7 +31,7 @@ from .layout import (
     numel,
     place_sections,
 )
-from .sections import unpack_section
+from .sections import decompress_codes, unpack_section
 from .validate import validate
 
 CHUNK = 4 << 20
@@ -40,6 +40,9 @@ MAX_ROW_SCALE = 248  # times 128: the bits of infinity as a float16
 
 SymbolCheck = Callable[[md.TrellisTensor, NDArray[np.uint16]], None]
 """Decode the symbols of a tensor, whose frequencies are given, and raise what is wrong with them."""
+
+Pack = Callable[[NDArray[np.uint8], int], bytes]
+"""bitpack.pack, or what does the same for whole blocks faster."""
 
 
 class Reader:
@@ -135,6 +138,10 @@ class Reader:
     def read_section(self, kind: str, owner: str, section_kind: md.Kind) -> bytes:
         """The raw (decompressed) bytes of a section, verified."""
         section = self._sections[self._index[kind, owner, section_kind]]
+        if section.zstd_codes is not UNSET:
+            tensor = self.tensors[owner]
+            assert isinstance(tensor, md.ScalarTensor)
+            return b"".join(self.code_chunks(tensor))
         stored = b"".join(self.iter_section(kind, owner, section_kind))
         return unpack_section(section, stored, self.path, f'{section_kind} "{escape(owner, 120)}"')
 
@@ -157,6 +164,36 @@ class Reader:
             return np.ones(8 * md.SIGNS_LENGTH, np.float32)
         bits = np.frombuffer(self.read_section("signs", "", "signs"), np.uint8)
         return 1 - 2 * np.unpackbits(bits, bitorder="little").astype(np.float32)
+
+    def code_chunks(self, tensor: md.ScalarTensor, chunk: int = md.FRAME) -> Iterator[bytes]:
+        """The packed codes, `chunk` of them at a time, a multiple of 2**20; verified only at exhaustion as in
+        `iter_section`."""
+        packing = tensor.sections[0].zstd_codes
+        if packing is UNSET:
+            yield from self.iter_section("tensor", tensor.name, "codes", chunk * tensor.bits // 8)
+            return
+        frames = enumerate(self.iter_section("tensor", tensor.name, "codes", packing.frames))
+        digest = hashlib.sha256()
+        while group := list(islice(frames, chunk // md.FRAME)):
+            packed = b"".join(self.repack(tensor, number, frame) for number, frame in group)
+            digest.update(packed)
+            yield packed
+        self.check_packed(tensor, digest.hexdigest())
+
+    def repack(self, tensor: md.ScalarTensor, number: int, frame: bytes, pack: Pack = bitpack.pack) -> bytes:
+        """The packed codes of frame `number` of compressed ones; BadFrames where it does not hold them."""
+        n_codes = count_blocks(numel(tensor.shape)) * BLOCK
+        try:
+            codes = decompress_codes(frame, min(md.FRAME, n_codes - number * md.FRAME), tensor.bits)
+        except ValueError as error:
+            raise self._bad_frames(tensor, "codes", f"frame {number} of {len(frame)} bytes: {error}") from None
+        return pack(codes, tensor.bits)
+
+    def check_packed(self, tensor: md.ScalarTensor, found: str) -> None:
+        """Raise BadDigest unless this is the SHA-256 of the packed codes, which are stored compressed."""
+        if found != (expected := md.raw_sha256(tensor.sections[0])):
+            problem = f"the packed codes have the SHA-256 {found[:16]}..., expected {expected[:16]}..."
+            raise BadDigest(problem, file=self.path, tensor=tensor.name, section="codes")
 
     def levels(self, tensor: md.ScalarTensor) -> NDArray[np.float32]:
         """(2**bits,) float32 codebook: finite, at most 65504 in magnitude, strictly increasing."""
@@ -210,11 +247,13 @@ class Reader:
 
     def bad_chunk(self, tensor: md.TrellisTensor, number: int) -> BadFrames:
         """The error for a chunk of symbols that does not decode; raises BadDigest when that is no wonder."""
-        for _ in self.iter_section("tensor", tensor.name, "symbols"):
+        return self._bad_frames(tensor, "symbols", f"chunk {number} of the symbols is none that an encoder writes")
+
+    def _bad_frames(self, tensor: md.QuantizedTensor, kind: md.Kind, problem: str) -> BadFrames:
+        for _ in self.iter_section("tensor", tensor.name, kind):
             pass
-        offset = self._offsets[self._index["tensor", tensor.name, "symbols"]]
-        problem = f"chunk {number} of the symbols is none that an encoder writes"
-        return BadFrames(problem, file=self.path, tensor=tensor.name, section="symbols", offset=offset)
+        offset = self._offsets[self._index["tensor", tensor.name, kind]]
+        return BadFrames(problem, file=self.path, tensor=tensor.name, section=kind, offset=offset)
 
     def _bad_values(self, tensor: md.Tensor, kind: md.Kind, problem: str) -> BadValues:
         offset = self._offsets[self._index["tensor", tensor.name, kind]]
@@ -246,7 +285,7 @@ class Reader:
             for _ in self.raw_chunks(tensor):
                 pass
         elif isinstance(tensor, md.ScalarTensor):
-            for _ in self.iter_section("tensor", tensor.name, "codes"):
+            for _ in self.code_chunks(tensor):
                 pass
             self.levels(tensor)
             for _ in self.scale_chunks(tensor, CHUNK):

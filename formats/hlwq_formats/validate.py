@@ -11,9 +11,10 @@ from msgspec import UNSET
 from . import metadata as md
 from .dtypes import ITEM_BITS, WEIGHT_DTYPES, nbytes
 from .errors import BadMetadata, BadTensor, UnsupportedFeature, escape
-from .layout import BLOCK, INCOMPAT_NAMES, MAX_NUMEL, numel, scalar_lengths, trellis_lengths
+from .layout import BLOCK, INCOMPAT_NAMES, MAX_NUMEL, count_blocks, numel, scalar_lengths, trellis_lengths
 from .paths import clashing_name, unsafe_path
 from .rans import MAX_CHUNK_BYTES, MAX_FREQUENCIES
+from .sections import MAX_CODES_FRAME
 
 
 def validate(metadata: md.Metadata, incompat: int, file: str) -> None:
@@ -82,7 +83,22 @@ def _check_tensor(tensor: md.Tensor, stored: dict[str, md.StoredTensor], file: s
     if kinds != list(expected):
         raise bad(f"sections {kinds}, expected {list(expected)}")
     for section in tensor.sections:
-        _check_section(section, section.kind, expected[section.kind], file, tensor.name)
+        if section.kind == "codes" and section.zstd_codes is not UNSET:
+            _check_coded_codes(section, section.zstd_codes, n, expected["codes"], bad)
+        else:
+            _check_section(section, section.kind, expected[section.kind], file, tensor.name)
+
+
+def _check_coded_codes(
+    section: md.Section, packing: md.Zstd, n: int, packed_length: int, bad: Callable[[str], BadTensor]
+) -> None:
+    frames, n_codes = packing.frames, count_blocks(n) * BLOCK
+    if packing.raw_length != packed_length or (section.zstd, section.chunks) != (UNSET, UNSET):
+        raise bad(f"compressed codes of {packing.raw_length} packed bytes, expected {packed_length}")
+    if len(frames) != -(-n_codes // md.FRAME) or sum(frames) != section.length:
+        raise bad(f"{len(frames)} frames of {sum(frames)} bytes for {n_codes} codes in {section.length} stored ones")
+    if (longest := max(frames)) > MAX_CODES_FRAME:
+        raise bad(f"a frame of {longest} bytes, expected at most {MAX_CODES_FRAME}")
 
 
 def _check_trellis(tensor: md.TrellisTensor, n: int, bad: Callable[[str], BadTensor], file: str) -> None:
@@ -94,22 +110,25 @@ def _check_trellis(tensor: md.TrellisTensor, n: int, bad: Callable[[str], BadTen
     scales, frequencies, symbols = tensor.sections
     scales_length, n_chunks = trellis_lengths(n, tensor.row)
     for section in (scales, frequencies):
-        if section.chunks is not UNSET or (problem := _bad_frames(section)) is not None:
-            raise bad(f"{section.kind}: {'it is in chunks' if section.chunks is not UNSET else problem}")
+        if (section.chunks, section.zstd_codes) != (UNSET, UNSET):
+            raise bad(f"{section.kind}: it is in chunks or compressed as codes")
+        if (problem := _bad_frames(section)) is not None:
+            raise bad(f"{section.kind}: {problem}")
     if (found := md.raw_length(scales)) != scales_length:
         raise bad(f"scales of {found} bytes, expected {scales_length}")
     if (found := md.raw_length(frequencies)) not in range(4, 2 * MAX_FREQUENCIES + 1, 2):
         raise bad(f"frequencies of {found} bytes, expected 4 to {2 * MAX_FREQUENCIES} and even")
     chunks = [] if symbols.chunks is UNSET else symbols.chunks
-    if symbols.zstd is not UNSET or len(chunks) != n_chunks or sum(chunks) != symbols.length:
+    if md.packing_of(symbols) is not UNSET or len(chunks) != n_chunks or sum(chunks) != symbols.length:
         raise bad(f"{len(chunks)} chunks of {sum(chunks)} bytes in {symbols.length} stored ones, expected {n_chunks}")
     if (longest := max(chunks)) > MAX_CHUNK_BYTES or any(length % 2 for length in chunks):
         raise bad(f"a chunk of {longest} bytes, expected whole words and at most {MAX_CHUNK_BYTES}")
 
 
 def _check_section(section: md.Section, kind: str, length: int, file: str, tensor: str | None) -> None:
-    if (section.kind, section.length, section.zstd, section.chunks) != (kind, length, UNSET, UNSET):
-        packed = "" if section.zstd is UNSET and section.chunks is UNSET else ", compressed"
+    plain = (md.packing_of(section), section.chunks) == (UNSET, UNSET)
+    if not plain or (section.kind, section.length) != (kind, length):
+        packed = "" if plain else ", compressed"
         raise BadTensor(
             f"{section.kind} section of {section.length} bytes{packed}; expected {kind} of {length} bytes",
             file=file,
@@ -140,8 +159,8 @@ def _check_assets(assets: list[md.Asset], file: str) -> None:
     for asset in assets:
         section = asset.sections[0]
         problem = unsafe_path(asset.name)
-        if problem is None and (section.kind != "asset" or section.chunks is not UNSET):
-            problem = f"a section of kind {section.kind} or in chunks, expected asset"
+        if problem is None and (section.kind, section.chunks, section.zstd_codes) != ("asset", UNSET, UNSET):
+            problem = f"a section of kind {section.kind}, in chunks or compressed as codes, expected asset"
         if problem is None:
             problem = _bad_frames(section)
         total += md.raw_length(section)

@@ -43,6 +43,21 @@ class SectionWriter:
         self._digest.update(data)
         self._position += len(data)
 
+    def shrink(self, following: Sequence[SectionWriter]) -> None:
+        """Give back what was reserved and not written. What was written to the sections `following`, all of which are
+        opened since, moves up."""
+        self._length = self._position - self._offset
+        self._writer.position = self._position
+        for section in following:
+            section._move(self._writer.advance(section._length or 0))
+
+    def _move(self, offset: int) -> None:
+        written = self._position - self._offset
+        for start in range(0, written, _PIECE):
+            data = self._writer.take(self._offset + start, min(_PIECE, written - start))
+            self._writer.put(offset + start, data)
+        self._offset, self._position = offset, offset + written
+
     def done(self) -> md.Section:
         """The entry of the finished section."""
         length = self._position - self._offset
@@ -105,6 +120,17 @@ class Writer:
         """Force what was written to disk."""
         self._file.sync()
 
+    def take(self, position: int, length: int) -> bytes:
+        """Read back bytes of a section."""
+        return self._file.read(position, length)
+
+    def advance(self, length: int) -> int:
+        """The next place for a section, behind padding; what follows it follows `length` bytes."""
+        offset = align(self.position)
+        self._file.write(self.position, bytes(offset - self.position))
+        self.position = offset + length
+        return offset
+
     def put(self, position: int, data: bytes | memoryview) -> None:
         """Write bytes of a section."""
         self._file.write(position, data)
@@ -112,10 +138,7 @@ class Writer:
     def open_section(self, kind: md.Kind, length: int | None) -> SectionWriter:
         """Take the next place for a section of `length` bytes, or for one that is as long as what will be written.
         Several of known length may be open at once."""
-        offset = align(self.position)
-        self._file.write(self.position, bytes(offset - self.position))
-        self.position = offset + (length or 0)
-        return SectionWriter(self, kind, offset, length)
+        return SectionWriter(self, kind, self.advance(length or 0), length)
 
     def write_section(self, kind: md.Kind, data: bytes, *, compress: bool = False) -> md.Section:
         """Write a whole section at once, compressed where that is asked for and pays."""

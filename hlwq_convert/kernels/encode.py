@@ -12,7 +12,7 @@ from hlwq_formats.dtypes import ITEM_BITS
 from hlwq_formats.layout import BLOCK
 
 from ..quantize import CHECKSUM_WEIGHTS, EncodedChunk, ScalarCode, power_of_two, quantize
-from ..scalar import gains_of
+from ..scalar import gains_of, penalty_of
 from .block import (
     Block,
     block_sum,
@@ -36,7 +36,9 @@ from .tables import KINDS, items_of, largest_step, table_rows
 
 
 @part
-def _search(rotated: Block, levels: Any, below: Any, n_levels: int, gains: Any, steps: int) -> tuple[Block, Any]:
+def _search(
+    rotated: Block, levels: Any, below: Any, n_levels: int, gains: Any, penalty: Any, steps: int
+) -> tuple[Block, Any]:
     """scalar.encode of one block: the codes and the scale, before it is rounded, of the best gain.
 
     All gains are tried, but only the first looks for its codes from scratch: at the next gain a coordinate
@@ -44,9 +46,10 @@ def _search(rotated: Block, levels: Any, below: Any, n_levels: int, gains: Any, 
     """
     rms = np.sqrt(block_sum(multiply(rotated, rotated)) * np.float32(1 / 128))
     unit = rms if rms > 0 else np.float32(1)
+    price = penalty * (unit * unit)
     first = nearest_level(scale(rotated, np.float32(1) / (unit * gains[0])), below, n_levels)
     codes = first
-    best, best_scale, best_captured = 0, np.float32(0), np.float32(-1)
+    best, best_scale, most = 0, np.float32(0), np.float32(-np.inf)
     for g in range(len(gains)):
         if g > 0:
             coordinates = scale(rotated, np.float32(1) / (unit * gains[g]))
@@ -56,9 +59,9 @@ def _search(rotated: Block, levels: Any, below: Any, n_levels: int, gains: Any, 
         product = max(block_sum(multiply(rotated, chosen)), np.float32(0)) + np.float32(0)
         energy = max(block_sum(multiply(chosen, chosen)), np.float32(1e-30))
         fitted = product / energy
-        captured = fitted * product
-        if captured > best_captured:
-            best, best_scale, best_captured = g, fitted, captured
+        gained = fitted * product - price * energy
+        if gained > most:
+            best, best_scale, most = g, fitted, gained
     if best == 0:
         return first, best_scale
     return nearest_level(scale(rotated, np.float32(1) / (unit * gains[best])), below, n_levels), best_scale
@@ -67,13 +70,13 @@ def _search(rotated: Block, levels: Any, below: Any, n_levels: int, gains: Any, 
 @kernel
 def _encode(
     items: Any, kind: int, to_unit: Any, from_unit: Any, signs: Any, levels: Any, below: Any, bits: int,
-    gains: Any, steps: int, weights: Any, packed: Any, scales: Any, sums: Any, checksums: Any,
+    gains: Any, penalty: Any, steps: int, weights: Any, packed: Any, scales: Any, sums: Any, checksums: Any,
 ) -> None:  # fmt: skip
     codes_in_memory = np.empty(128, np.uint8)
     flip = load_block(signs, 0)
     for b in range(len(scales)):
         source = scale(widen(load_block(items, 128 * b), kind), to_unit)
-        codes, fitted = _search(fwht(multiply(source, flip)), levels, below, 1 << bits, gains, steps)
+        codes, fitted = _search(fwht(multiply(source, flip)), levels, below, 1 << bits, gains, penalty, steps)
         half = scale_to_half(min(fitted * np.float32(1 / 128), np.float32(65504)))
         scales[b] = half
         store_block(codes_in_memory, 0, codes)
@@ -90,7 +93,7 @@ def _encode(
 
 def encoder(code: ScalarCode) -> Callable[[bytes], EncodedChunk]:
     """quantize.quantize for chunks of one tensor, with the same bits: source bytes in, EncodedChunk out."""
-    gains = gains_of(code.effort)
+    gains, penalty = gains_of(code.effort), penalty_of(code.effort, code.bits)
     midpoints = (code.levels[:-1] + code.levels[1:]) * np.float32(0.5)
     levels = table_rows(code.levels, 0)
     below = table_rows(np.concatenate([[-np.inf], midpoints]), np.inf)
@@ -106,7 +109,7 @@ def encoder(code: ScalarCode) -> Callable[[bytes], EncodedChunk]:
         items = items_of(raw, code.dtype)[: n_blocks * BLOCK]
         _encode(
             items, KINDS[code.dtype], power_of_two(-code.exponent), power_of_two(code.exponent), code.signs, levels,
-            below, code.bits, gains, steps, CHECKSUM_WEIGHTS, packed, scales, sums, checksums,
+            below, code.bits, gains, penalty, steps, CHECKSUM_WEIGHTS, packed, scales, sums, checksums,
         )  # fmt: skip
         chunk = EncodedChunk(packed[:-SLACK].data, scales.view(np.uint8).data, sums, checksums)
         if len(raw) == n_blocks * block_bytes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .compiled import part
+from .compiled import kernel, part
 from .vectors import load_word, store_word
 
 SLACK = 8
@@ -50,3 +51,16 @@ def unpack_block(packed: Any, start: int, bits: int, codes: Any) -> None:
         word = (word & low16) | ((word & (low16 << np.uint64(2 * bits))) << gap16)
         word = (word & low8) | ((word & (low8 << np.uint64(bits))) << gap8)
         store_word(codes, 8 * i, word)
+
+
+@kernel
+def _pack(codes: Any, bits: int, packed: Any) -> None:
+    for b in range(len(codes) // 128):
+        pack_block(codes[128 * b : 128 * b + 128], bits, packed, 16 * bits * b)
+
+
+def pack(codes: NDArray[np.uint8], bits: int) -> bytes:
+    """bitpack.pack of whole blocks, each code below 2**bits."""
+    packed = np.empty(len(codes) * bits // 8 + SLACK, np.uint8)
+    _pack(codes, bits, packed)
+    return packed[:-SLACK].tobytes()

@@ -53,9 +53,10 @@ def _look_up_cell(cells: tl.tensor, index: tl.tensor) -> tl.tuple:
 @part
 def _try_step(
     rotated: tl.tuple, inverse: tl.tensor, cells: tl.tensor, per_cell: tl.tensor, last_cell: tl.tensor,
-    levels: tl.tensor, above: tl.tensor, bits: tl.constexpr, in_cells: tl.constexpr,
+    levels: tl.tensor, above: tl.tensor, price: tl.tensor, bits: tl.constexpr, in_cells: tl.constexpr,
 ) -> tl.tuple:  # fmt: skip
-    """scalar._encode_at_gain: codes, their levels, the least-squares scale, and the energy that it captures."""
+    """scalar._encode_at_gain: codes, their levels, the least-squares scale, and the energy that it captures less the
+    price."""
     codes, chosen = (), ()
     for i in tl.static_range(32):
         code, level = _nearest(rotated[i] * inverse, cells, per_cell, last_cell, levels, above, bits, in_cells)
@@ -64,7 +65,7 @@ def _try_step(
     product = tl.maximum(dot(rotated, chosen), 0.0) + 0.0
     energy = tl.maximum(dot(chosen, chosen), 1e-30)
     scale = tl.div_rn(product, energy)
-    return codes, chosen, scale, scale * product
+    return codes, chosen, scale, scale * product - price * energy
 
 
 @part
@@ -87,17 +88,17 @@ def _checksum(words: tl.tuple, kind: tl.constexpr) -> tl.tensor:
 @triton.jit(do_not_specialize=["n_blocks", "last_cell"])
 def encode_blocks(
     items: tl.tensor, to_unit: tl.tensor, from_unit: tl.tensor, signs: tl.tensor, levels: tl.tensor, above: tl.tensor,
-    cells: tl.tensor, per_cell: tl.tensor, last_cell: tl.tensor, gains: tl.tensor, packed: tl.tensor,
-    scales: tl.tensor, sums: tl.tensor, checksums: tl.tensor, n_blocks: tl.tensor, kind: tl.constexpr,
-    bits: tl.constexpr, n_gains: tl.constexpr, in_cells: tl.constexpr, rows: tl.constexpr,
+    cells: tl.tensor, per_cell: tl.tensor, last_cell: tl.tensor, gains: tl.tensor, penalty: tl.tensor,
+    packed: tl.tensor, scales: tl.tensor, sums: tl.tensor, checksums: tl.tensor, n_blocks: tl.tensor,
+    kind: tl.constexpr, bits: tl.constexpr, n_gains: tl.constexpr, in_cells: tl.constexpr, rows: tl.constexpr,
 ) -> None:  # fmt: skip
     """Code n_blocks whole blocks: what kernels.encode does for a chunk, in the same order of operations.
 
     items: n_blocks * 128 weights of type `kind`, as int32; to_unit: 2.0**-exponent, from_unit its inverse; signs: 128
     zeros of type `kind`, positive or negative, as int32; levels: (2**bits,) float32; above: (2**bits,) float32, the
     midpoints, then infinity; cells, per_cell, last_cell: of runtime.launch.find_cells; gains: (n_gains,) float32;
-    packed: (n_blocks * 4 * bits,) int32; scales: (n_blocks,) float16; sums: (4, n_blocks) float32; checksums:
-    (n_blocks,) int32. A program codes `rows` blocks.
+    penalty: of scalar.penalty_of; packed: (n_blocks * 4 * bits,) int32; scales: (n_blocks,) float16; sums:
+    (4, n_blocks) float32; checksums: (n_blocks,) int32. A program codes `rows` blocks.
 
     All is computed on weights times signs, as the sums are the same: only the checksum takes the signs off.
     """
@@ -111,17 +112,18 @@ def encode_blocks(
     rms = tl.sqrt_rn(dot(rotated, rotated) * 0.0078125)
     unit = tl.where(rms > 0, rms, 1.0)
 
+    price = unit * unit * penalty
     inverse = tl.div_rn(1.0, unit * tl.load(gains))
     if n_gains > 1:
-        best, captured = inverse, unit * 0 - 1.0
+        best, most = inverse, unit * 0 - float("inf")
         for g in range(n_gains):
             inverse = tl.div_rn(1.0, unit * tl.load(gains + g))
-            tried = _try_step(rotated, inverse, cells, per_cell, last_cell, levels, above, bits, in_cells)
-            better = tried[3] > captured
+            tried = _try_step(rotated, inverse, cells, per_cell, last_cell, levels, above, price, bits, in_cells)
+            better = tried[3] > most
             best = tl.where(better, inverse, best)
-            captured = tl.where(better, tried[3], captured)
+            most = tl.where(better, tried[3], most)
         inverse = best
-    found = _try_step(rotated, inverse, cells, per_cell, last_cell, levels, above, bits, in_cells)
+    found = _try_step(rotated, inverse, cells, per_cell, last_cell, levels, above, price, bits, in_cells)
 
     half = tl.minimum(found[2] * 0.0078125, 65504.0).to(tl.float16)
     codes, chosen = (), ()

@@ -18,7 +18,7 @@ from ..kernels import triton_block
 from ..kernels.triton_decode import decode_blocks
 from ..kernels.triton_encode import encode_blocks
 from ..quantize import ScalarCode, power_of_two
-from ..scalar import gains_of
+from ..scalar import gains_of, penalty_of
 
 ROWS = 32
 """Blocks that a program decodes, one a thread: one warp, so that no thread waits for those of another."""
@@ -103,6 +103,7 @@ class DeviceEncoder(DeviceCode):
         self._cells = torch.from_numpy(table).to(device)
         self._above = torch.from_numpy(np.append(midpoints, np.float32(np.inf))).to(device)
         self._gains = torch.from_numpy(gains_of(code.effort)).to(device)
+        self._penalty = float(penalty_of(code.effort, code.bits))
         self._to_unit = float(power_of_two(-code.exponent))
         zeros = torch.from_numpy(code.signs * np.float32(0)).to(OWN[code.dtype])
         self._zeros = zeros.view(torch.int32).to(device)
@@ -119,7 +120,7 @@ class DeviceEncoder(DeviceCode):
         with _launching:
             encode_blocks[-(-n_blocks // ENCODING["rows"]),](
                 items, self._to_unit, self._unit, self._zeros, self._levels, self._above, self._cells, self._per_cell,
-                len(self._cells) - 1, self._gains, packed.view(torch.int32), scales.view(torch.float16),
+                len(self._cells) - 1, self._gains, self._penalty, packed.view(torch.int32), scales.view(torch.float16),
                 sums.view(torch.float32), checksums.view(torch.int32), n_blocks, kind=triton_block.KINDS[self._dtype],
                 bits=self.bits, n_gains=len(self._gains), in_cells=self._in_cells, **ENCODING,
             )  # fmt: skip

@@ -159,7 +159,7 @@ def _pool(process: int) -> ThreadPoolExecutor:
 def packed_bytes(reader: Reader, tensor: md.Tensor) -> int | None:
     """The memory that a tensor takes as a PackedMatrix, or None when it cannot be one."""
     if isinstance(tensor, md.ScalarTensor) and len(tensor.shape) == 2 and numel(tensor.shape) > 0:
-        return sum(section.length for section in tensor.sections)
+        return sum(md.raw_length(section) for section in tensor.sections)
     return None
 
 
