@@ -62,10 +62,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The model at 3 and 6 bits, and unquantized."""
+    """The model at 3 and 6 bits, by the trellis, and unquantized."""
     folder = tmp_path_factory.mktemp("files")
     for bits in (3, 6):
         h.convert(tiny, folder / f"{bits}.hlwq", bits=bits, sets=[f".*={bits}"])
+    h.convert(tiny, folder / "trellis.hlwq", size=100_000)
     h.convert(tiny, folder / "raw.hlwq", sets=[".*=raw"])
     return {path.stem: str(path) for path in folder.glob("*.hlwq")}
 
@@ -127,7 +128,7 @@ def test_scores_are_those_of_the_definitions(tiny: Path, files: dict[str, str]) 
 
 def test_an_unquantized_file_is_the_source(ground: Ground, files: dict[str, str]) -> None:
     (itself, raw) = evaluate([files["raw"]], ground, silent).entries
-    assert raw.kind == "hlwq" and raw.bytes == Path(files["raw"]).stat().st_size
+    assert (raw.kind, raw.encoding) == ("hlwq", None) and raw.bytes == Path(files["raw"]).stat().st_size
     found = raw.quality
     assert (found.perplexity_ratio, found.top1) == (1, 1)
     assert found.perplexity == itself.quality.perplexity
@@ -141,6 +142,8 @@ def test_more_bits_are_closer_and_files_of_other_weights_are_warned_about(
     coarse, fine = (entry.quality for entry in document.entries[1:])
     assert fine.kl_mean < coarse.kl_mean / 10 and fine.top1 > coarse.top1
     assert document.warnings == []
+    assert [entry.encoding for entry in document.entries] == [None, "scalar", "scalar"]
+    assert evaluate([files["trellis"]], ground, silent).entries[1].encoding == "trellis"
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
