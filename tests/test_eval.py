@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from hlwq_convert.runtime.scoring import first_token, score, source_reference  #
 from hlwq_convert.runtime.sensitivity import measure_sensitivity  # noqa: E402
 from hlwq_convert.source import open_source  # noqa: E402
 
+LM_EVAL = find_spec("lm_eval") is not None  # the extra `tasks`
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # threads that wait for each other are slow on a busy machine
 VOCABULARY = 700  # more than TOP_K, so that samples are drawn
@@ -83,10 +85,10 @@ def ground(tiny: Path) -> Ground:
     return prepare_ground(str(tiny), None, 64, 4, "float32", "cpu", silent, silent)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     code = "from hlwq_convert.cli.eval import main; main()"
     command = [sys.executable, "-c", code, *arguments]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=one_thread)
 
 
@@ -367,11 +369,28 @@ def test_tasks_without_lm_eval_are_an_error(ground: Ground, monkeypatch: pytest.
         evaluate([], ground, silent, tasks=["arc_challenge"])
 
 
+@pytest.mark.skipif(LM_EVAL, reason="lm-eval is installed")
+def test_the_command_says_that_lm_eval_is_not_installed(tiny: Path, files: dict[str, str]) -> None:
+    result = run(files["3"], "--against", str(tiny), "--ctx", "16", "--windows", "1", "--tasks", "arc_challenge")
+    assert (result.returncode, result.stdout) == (66, "")
+    assert result.stderr.startswith("hlwq: error[HLWQ-201]: --tasks: lm_eval is not installed; pip install")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not LM_EVAL, reason="lm-eval is not installed")
+def test_data_sets_that_cannot_be_had_offline_are_an_error(tiny: Path, files: dict[str, str], tmp_path: Path) -> None:
+    arguments = (files["3"], "--against", str(tiny), "--ctx", "16", "--windows", "1", "--tasks", "arc_challenge")
+    result = run(*arguments, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    assert (result.returncode, result.stdout) == (66, "")
+    assert result.stderr.startswith("hlwq: error[HLWQ-201]: --tasks arc_challenge: its data set cannot be had: ")
+    assert result.stderr.count("\n") == 1 and "allenai/ai2_arc" in result.stderr and "network" in result.stderr
+
+
+@pytest.mark.skipif(not LM_EVAL, reason="lm-eval is not installed")
 @pytest.mark.filterwarnings("default")  # those of lm-eval and of what it stands on
 def test_tasks_of_lm_eval(
     ground: Ground, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("lm_eval")
     questions = [{"question": f"{i} is", "choices": [" even", " odd"], "answer": i % 2} for i in range(40)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     (tmp_path / "parity.yaml").write_text(

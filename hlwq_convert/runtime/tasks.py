@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -21,8 +20,9 @@ def answer(model: Any, tokenizer: Any, tasks: Sequence[str]) -> Answers:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise MissingInput(f"--tasks: {error.name} is not installed", hint='pip install "lm-eval[hf]"') from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        raise MissingInput(
+            f"--tasks: {error.name} is not installed", hint='pip install "hlwq-convert[tasks]"'
+        ) from None
     runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
     answers: dict[tuple[str, str], dict[int, float]] = {}
     for task in tasks:
