@@ -387,10 +387,7 @@ def test_data_sets_that_cannot_be_had_offline_are_an_error(tiny: Path, files: di
 
 
 @pytest.mark.skipif(not LM_EVAL, reason="lm-eval is not installed")
-@pytest.mark.filterwarnings("default")  # those of lm-eval and of what it stands on
-def test_tasks_of_lm_eval(
-    ground: Ground, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tasks_of_lm_eval(tiny: Path, files: dict[str, str], tmp_path: Path) -> None:
     questions = [{"question": f"{i} is", "choices": [" even", " odd"], "answer": i % 2} for i in range(40)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     (tmp_path / "parity.yaml").write_text(
@@ -398,11 +395,14 @@ def test_tasks_of_lm_eval(
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
         "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\nmetric_list:\n  - metric: acc\n"
     )
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    document = evaluate([files["raw"], files["3"]], ground, silent, tasks=[str(tmp_path / "parity.yaml")])
-    same, other = document.tasks
-    assert (same.samples, same.difference, same.source_better, same.model_better) == (40, 0, 0, 0)
-    assert other.difference == pytest.approx((other.model_better - other.source_better) / 40)
-    assert other.standard_error > 0
-    with pytest.raises(Usage, match="nonesuch"):
-        evaluate([], ground, silent, tasks=["nonesuch"])
+    arguments = ("--against", str(tiny), "--ctx", "16", "--windows", "1", "--json", "--tasks")
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = run(files["raw"], files["3"], *arguments, str(tmp_path / "parity.yaml"), **offline)
+    assert (result.returncode, result.stderr) == (0, "")
+    same, other = json.loads(result.stdout)["tasks"]
+    assert (same["samples"], same["difference"], same["source_better"], same["model_better"]) == (40, 0, 0, 0)
+    assert other["difference"] == pytest.approx((other["model_better"] - other["source_better"]) / 40)
+    assert other["standard_error"] > 0
+    result = run(files["3"], *arguments, "nonesuch", **offline)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--tasks nonesuch" in result.stderr and result.stderr.count("\n") == 1

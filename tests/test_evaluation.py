@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -187,6 +188,13 @@ def test_markdown_has_a_row_for_each_model() -> None:
     assert lines[3].startswith("| x\\|y.hlwq | 5.2 MB | 5.170 |") and " 0.0123 (" in lines[3]
     assert lines[4].startswith("| NF4 |")
     assert "Not measured: HQQ (ImportError: No module named 'hqq')." in text
+
+
+def test_tasks_name_models_as_the_first_table_does() -> None:
+    (score,) = compare("a/x.hlwq", {("t", "acc"): {0: 1.0, 1: 0.0}}, {("t", "acc"): {0: 1.0, 1: 1.0}})
+    document = msgspec.structs.replace(evaluation(entry("a/x.hlwq", "hlwq", 5.17, 0.0123)), tasks=[score])
+    row = next(line for line in markdown(document).splitlines() if line.startswith("| t | "))
+    assert row == "| t | acc | x.hlwq | 2 | 0.5000 ± 0.5000 | -0.5000 | 1 | 0 |"
 
 
 def test_equal_names_keep_their_folders() -> None:
