@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import ITEM_BITS, widen
-from hlwq_formats.layout import BLOCK, count_blocks
+from hlwq_formats.layout import BLOCK, count_blocks, numel
 from hlwq_formats.reader import Reader
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 
 from .codebook import BINS, GROUP, REACH, count, histogram, normalise, sample_groups
+from .decode import trellis_code
 from .inspection import Inspection
 from .modules import by_module
 from .quantize import choose_exponent, power_of_two
-from .rotate import to_blocks
+from .rotate import fwht, to_blocks
 from .source import Source
+from .trellis import INVERSE_ROOT, scale_values
 
 SHOWN_BINS = 256
 _MOST = 24  # tensors
 
 
 class Histogram(msgspec.Struct):
-    """Coordinates of sampled blocks, each block divided by its root mean square, in SHOWN_BINS bins over
-    -REACH..REACH (what lies farther out is in the last ones). `kurtosis`, before and after the rotation, is 3 for a
-    normal distribution. `levels` are those of a codebook, empty for an encoding without one."""
+    """Coordinates of sampled blocks in SHOWN_BINS bins over -REACH..REACH (what lies farther out is in the last ones).
+
+    For scalar codes each block is divided by its root mean square. For a trellis each row is divided by its scale and
+    then all by their root mean square. `kurtosis`, before and after the rotation, is 3 for a normal distribution.
+    `levels` are what codes stand for, in the same units: the codebook, or the multiples of the `step` of a trellis that
+    have a frequency of their own, as far as REACH."""
 
     name: str
     coordinates: int
@@ -34,6 +41,7 @@ class Histogram(msgspec.Struct):
     after: list[int]
     kurtosis: tuple[float, float]
     levels: list[float]
+    step: float | None = None
 
 
 def worst_histograms(reader: Reader, source: Source, inspection: Inspection) -> list[Histogram]:
@@ -48,16 +56,43 @@ def worst_histograms(reader: Reader, source: Source, inspection: Inspection) -> 
 def _measure(reader: Reader, model: ModelDir, name: str) -> Histogram:
     entry, tensor = reader.stored_tensor(name), model.tensors[name]
     weights = widen(_sample(model, tensor), tensor.dtype)
+    if isinstance(entry, md.TrellisTensor):
+        return _of_trellis(reader, entry, weights)
+    assert isinstance(entry, md.ScalarTensor)
     blocks = to_blocks(weights * power_of_two(-choose_exponent(float(np.abs(weights).max()))))
     before, _ = count(normalise(blocks))
-    after, n_blocks = histogram(blocks * reader.signs())
+    after, _ = histogram(blocks * reader.signs())
+    return _make(name, before, after, reader.levels(entry).tolist())
+
+
+def _of_trellis(reader: Reader, entry: md.TrellisTensor, weights: NDArray[np.float32]) -> Histogram:
+    code, n = trellis_code(reader, entry), numel(entry.shape)
+    starts = [first * BLOCK for first in sample_groups(count_blocks(n))]
+    places = np.concatenate([np.arange(start, min(start + GROUP * BLOCK, n)) for start in starts])
+    units = (code.unit.astype(np.float64) * scale_values(code.row_scales))[places // code.row]
+    blocks = to_blocks(np.divide(weights, units, out=np.zeros(len(weights)), where=units > 0).astype(np.float32))
+    blocks = blocks[blocks.any(axis=1)]
+    rms = math.sqrt(np.square(blocks, dtype=np.float64).mean()) if blocks.size else 1.0
+    blocks *= np.float32(1 / rms)
+    before, _ = count(blocks)
+    after, _ = count(fwht(blocks * code.signs) * np.float32(INVERSE_ROOT))
+    step = math.sqrt(BLOCK) / rms  # the transform of the indices makes a block that much larger
+    most = min(len(code.pairs) - 1, int(REACH / step))
+    return _make(entry.name, before, after, [step * m for m in range(-most, most + 1)], step)
+
+
+def _make(
+    name: str, before: NDArray[np.int64], after: NDArray[np.int64], levels: list[float], step: float | None = None
+) -> Histogram:
+    """From counts in BINS bins."""
     return Histogram(
         name=name,
-        coordinates=n_blocks * BLOCK,
+        coordinates=int(after.sum()),
         before=_coarse(before),
         after=_coarse(after),
         kurtosis=(_kurtosis(before), _kurtosis(after)),
-        levels=reader.levels(entry).tolist() if isinstance(entry, md.ScalarTensor) else [],
+        levels=levels,
+        step=step,
     )
 
 

@@ -16,7 +16,17 @@ from dataclasses import dataclass
 from email.message import Message
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
-from hlwq_formats.errors import HlwqError, IoFailure, MissingInput, SourceChanged, Usage, escape
+from hlwq_formats.errors import (
+    HlwqError,
+    HubBusy,
+    HubFailed,
+    HubUnreadable,
+    IoFailure,
+    MissingInput,
+    SourceChanged,
+    Usage,
+    escape,
+)
 from hlwq_formats.layout import HEADER_LEN, MAX_METADATA
 from hlwq_formats.reader import Reader
 
@@ -101,12 +111,15 @@ class HttpFile:
 
     The end is fetched once and kept, so reading backwards from it costs a request only for what lies before.
     Raises MissingInput (66) when the server has no such file for us, SourceChanged (75) when it is not the one of the
-    first request, IoFailure (74) for everything else that a server or the way there can do wrong.
+    first request, IoFailure (74) for everything else that a server or the way there can do wrong. Of the Hub they are
+    HubUnreadable and HubFailed, and HubBusy (75) when it asks for patience.
     """
 
     def __init__(self, place: Place) -> None:
         self._url, self._token_origin = place.url, _origin(place.url)
         self._token, self._on_hub = place.token, place.on_hub
+        self._unreadable = HubUnreadable if place.on_hub else MissingInput
+        self._failed = HubFailed if place.on_hub else IoFailure
         self.name = _shown(place.url)
         self.size = -1  # until the first answer
         self._lock = threading.Lock()
@@ -229,13 +242,15 @@ class HttpFile:
                 if self._on_hub
                 else _FETCH_FIRST
             )
-            raise MissingInput(f"the server does not let us read it (HTTP {status})", file=self.name, hint=hint)
+            raise self._unreadable(f"the server does not let us read it (HTTP {status})", file=self.name, hint=hint)
         if status in (404, 410):
-            raise MissingInput(f"not there (HTTP {status})", file=self.name)
+            raise self._unreadable(f"not there (HTTP {status})", file=self.name)
+        if status == 429 and self._on_hub:
+            raise HubBusy("the Hub asks for patience (429)", file=self.name, hint="try again later")
         raise self._failure(f"the server answers HTTP {status}", "try again later" if status >= 429 else None)
 
     def _failure(self, problem: str, hint: str | None = None) -> HlwqError:
-        return IoFailure(problem, file=self.name, hint=hint)
+        return self._failed(problem, file=self.name, hint=hint)
 
 
 def _reason(error: Exception) -> str:

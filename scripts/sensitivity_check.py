@@ -1,11 +1,11 @@
 """Does spending bits by measured sensitivity lower the divergence at equal size?
 
-    python scripts/sensitivity_check.py compare MODEL_DIR PLAIN.hlwq WEIGHTED.hlwq [--ctx 512] [--windows 16]
+    python scripts/sensitivity_check.py compare MODEL_DIR PLAIN.hlwq WEIGHTED.hlwq [--text FILE] [--ctx 512]
     python scripts/sensitivity_check.py recipe SENSITIVITY.json MODEL_DIR --bits 5 > recipe.toml
 
-`compare` measures two files of about one size. `recipe` rounds the widths that the sensitivities ask for to whole bits,
-2 to 8, so that the mean over these tensors is at most --bits: a test with scalar codes, which cannot follow
-fractions of a bit as the trellis can.
+`compare` measures two files of about one size; give it a text that the sensitivities were not measured on. `recipe`
+rounds the widths that the sensitivities ask for to whole bits, 2 to 8, so that the mean over these tensors is at most
+--bits: a test with scalar codes, which cannot follow fractions of a bit as the trellis can.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main() -> None:
     compare = commands.add_parser("compare")
     for name in ("model_dir", "plain", "weighted"):
         compare.add_argument(name)
+    compare.add_argument("--text")
     compare.add_argument("--ctx", default="512")
     compare.add_argument("--windows", default="16")
     recipe = commands.add_parser("recipe")
@@ -43,6 +44,7 @@ def main() -> None:
 def _compare(options: argparse.Namespace) -> None:
     arguments = [options.plain, options.weighted, "--against", options.model_dir, "--json"]
     arguments += ["--ctx", options.ctx, "--windows", options.windows]
+    arguments += ["--text", options.text] if options.text else []
     code = "from hlwq_convert.cli.eval import main; main()"
     result = subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, check=True)
     plain, weighted = json.loads(result.stdout)["entries"][1:]

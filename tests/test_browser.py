@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import pytest
 from reports import EVIL, inspection, many, quantized
 from web import serve
 
+from hlwq_convert.conversion import convert
 from hlwq_convert.histograms import worst_histograms
 from hlwq_convert.html_report import make_page
 from hlwq_convert.inspection import Inspection, inspect
@@ -166,6 +168,23 @@ def test_a_cell_names_itself_and_leads_to_its_tensor(browser: Browser, report: P
         assert tip.startswith("layer 1, mlp.gate_proj: ") and " dB, " in tip
         canvas.click(position={"x": 40, "y": 30})
         assert visit.column("tensor") == ["model.layers.1.mlp.gate_proj.weight"]
+
+
+def test_levels_of_a_trellis_are_ticks_in_two_rows(browser: Browser, model: Path, tmp_path: Path) -> None:
+    convert(model, tmp_path / "t.hlwq", bpw=4.5)
+    with Reader(tmp_path / "t.hlwq") as reader:
+        result = inspect(tmp_path / "t.hlwq")
+        histograms = worst_histograms(reader, open_source(model), result)
+    (tmp_path / "r.html").write_bytes(make_page(result, histograms))
+    with Visit(browser, tmp_path / "r.html", 375) as visit:
+        ticks = visit.page.locator("#histogram svg line[stroke='var(--level)']")
+        rows = ticks.evaluate_all("lines => lines.map(line => line.getAttribute('y1'))")
+        assert len(rows) == sum(abs(level) <= 4.5 for level in histograms[0].levels) > 20
+        assert len(set(rows)) == 2 and all(a != b for a, b in pairwise(rows))
+        assert "levels of the trellis" in visit.page.locator("#histogram-key").inner_text()
+        assert "each row divided by its scale" in visit.page.locator("#histogram-note").inner_text()
+        assert visit.page.evaluate(OVERFLOWING) == []
+        assert visit.page.evaluate(OVERLAPPING) == []
 
 
 def test_another_histogram_is_chosen(browser: Browser, report: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from hlwq_convert.runtime.scoring import first_token, score, source_reference  #
 from hlwq_convert.runtime.sensitivity import measure_sensitivity  # noqa: E402
 from hlwq_convert.source import open_source  # noqa: E402
 
+LM_EVAL = find_spec("lm_eval") is not None  # the extra `tasks`
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # threads that wait for each other are slow on a busy machine
 VOCABULARY = 700  # more than TOP_K, so that samples are drawn
@@ -62,10 +64,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The model at 3 and 6 bits, and unquantized."""
+    """The model at 3 and 6 bits, by the trellis, and unquantized."""
     folder = tmp_path_factory.mktemp("files")
     for bits in (3, 6):
         h.convert(tiny, folder / f"{bits}.hlwq", bits=bits, sets=[f".*={bits}"])
+    h.convert(tiny, folder / "trellis.hlwq", size=100_000)
     h.convert(tiny, folder / "raw.hlwq", sets=[".*=raw"])
     return {path.stem: str(path) for path in folder.glob("*.hlwq")}
 
@@ -82,10 +85,10 @@ def ground(tiny: Path) -> Ground:
     return prepare_ground(str(tiny), None, 64, 4, "float32", "cpu", silent, silent)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     code = "from hlwq_convert.cli.eval import main; main()"
     command = [sys.executable, "-c", code, *arguments]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=one_thread)
 
 
@@ -127,7 +130,7 @@ def test_scores_are_those_of_the_definitions(tiny: Path, files: dict[str, str]) 
 
 def test_an_unquantized_file_is_the_source(ground: Ground, files: dict[str, str]) -> None:
     (itself, raw) = evaluate([files["raw"]], ground, silent).entries
-    assert raw.kind == "hlwq" and raw.bytes == Path(files["raw"]).stat().st_size
+    assert (raw.kind, raw.encoding) == ("hlwq", None) and raw.bytes == Path(files["raw"]).stat().st_size
     found = raw.quality
     assert (found.perplexity_ratio, found.top1) == (1, 1)
     assert found.perplexity == itself.quality.perplexity
@@ -141,6 +144,8 @@ def test_more_bits_are_closer_and_files_of_other_weights_are_warned_about(
     coarse, fine = (entry.quality for entry in document.entries[1:])
     assert fine.kl_mean < coarse.kl_mean / 10 and fine.top1 > coarse.top1
     assert document.warnings == []
+    assert [entry.encoding for entry in document.entries] == [None, "scalar", "scalar"]
+    assert evaluate([files["trellis"]], ground, silent).entries[1].encoding == "trellis"
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
@@ -364,11 +369,25 @@ def test_tasks_without_lm_eval_are_an_error(ground: Ground, monkeypatch: pytest.
         evaluate([], ground, silent, tasks=["arc_challenge"])
 
 
-@pytest.mark.filterwarnings("default")  # those of lm-eval and of what it stands on
-def test_tasks_of_lm_eval(
-    ground: Ground, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("lm_eval")
+@pytest.mark.skipif(LM_EVAL, reason="lm-eval is installed")
+def test_the_command_says_that_lm_eval_is_not_installed(tiny: Path, files: dict[str, str]) -> None:
+    result = run(files["3"], "--against", str(tiny), "--ctx", "16", "--windows", "1", "--tasks", "arc_challenge")
+    assert (result.returncode, result.stdout) == (66, "")
+    assert result.stderr.startswith("hlwq: error[HLWQ-201]: --tasks: lm_eval is not installed; pip install")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not LM_EVAL, reason="lm-eval is not installed")
+def test_data_sets_that_cannot_be_had_offline_are_an_error(tiny: Path, files: dict[str, str], tmp_path: Path) -> None:
+    arguments = (files["3"], "--against", str(tiny), "--ctx", "16", "--windows", "1", "--tasks", "arc_challenge")
+    result = run(*arguments, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    assert (result.returncode, result.stdout) == (66, "")
+    assert result.stderr.startswith("hlwq: error[HLWQ-201]: --tasks arc_challenge: its data set cannot be had: ")
+    assert result.stderr.count("\n") == 1 and "allenai/ai2_arc" in result.stderr and "network" in result.stderr
+
+
+@pytest.mark.skipif(not LM_EVAL, reason="lm-eval is not installed")
+def test_tasks_of_lm_eval(tiny: Path, files: dict[str, str], tmp_path: Path) -> None:
     questions = [{"question": f"{i} is", "choices": [" even", " odd"], "answer": i % 2} for i in range(40)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     (tmp_path / "parity.yaml").write_text(
@@ -376,11 +395,14 @@ def test_tasks_of_lm_eval(
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
         "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\nmetric_list:\n  - metric: acc\n"
     )
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    document = evaluate([files["raw"], files["3"]], ground, silent, tasks=[str(tmp_path / "parity.yaml")])
-    same, other = document.tasks
-    assert (same.samples, same.difference, same.source_better, same.model_better) == (40, 0, 0, 0)
-    assert other.difference == pytest.approx((other.model_better - other.source_better) / 40)
-    assert other.standard_error > 0
-    with pytest.raises(Usage, match="nonesuch"):
-        evaluate([], ground, silent, tasks=["nonesuch"])
+    arguments = ("--against", str(tiny), "--ctx", "16", "--windows", "1", "--json", "--tasks")
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = run(files["raw"], files["3"], *arguments, str(tmp_path / "parity.yaml"), **offline)
+    assert (result.returncode, result.stderr) == (0, "")
+    same, other = json.loads(result.stdout)["tasks"]
+    assert (same["samples"], same["difference"], same["source_better"], same["model_better"]) == (40, 0, 0, 0)
+    assert other["difference"] == pytest.approx((other["model_better"] - other["source_better"]) / 40)
+    assert other["standard_error"] > 0
+    result = run(files["3"], *arguments, "nonesuch", **offline)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--tasks nonesuch" in result.stderr and result.stderr.count("\n") == 1

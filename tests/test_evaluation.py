@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from hlwq_convert.evaluation import reference as references
+from hlwq_convert.evaluation.labels import Box, place_labels
 from hlwq_convert.evaluation.reference import Reference, load_reference, reference_key, store_reference
 from hlwq_convert.evaluation.results import Entry, Evaluation, Missing
 from hlwq_convert.evaluation.sensitivity import (
@@ -188,6 +190,13 @@ def test_markdown_has_a_row_for_each_model() -> None:
     assert "Not measured: HQQ (ImportError: No module named 'hqq')." in text
 
 
+def test_tasks_name_models_as_the_first_table_does() -> None:
+    (score,) = compare("a/x.hlwq", {("t", "acc"): {0: 1.0, 1: 0.0}}, {("t", "acc"): {0: 1.0, 1: 1.0}})
+    document = msgspec.structs.replace(evaluation(entry("a/x.hlwq", "hlwq", 5.17, 0.0123)), tasks=[score])
+    row = next(line for line in markdown(document).splitlines() if line.startswith("| t | "))
+    assert row == "| t | acc | x.hlwq | 2 | 0.5000 ± 0.5000 | -0.5000 | 1 | 0 |"
+
+
 def test_equal_names_keep_their_folders() -> None:
     names = [row[0] for row in rows(evaluation(entry("a/m.hlwq", "hlwq", 5, 0.1), entry("b/m.hlwq", "hlwq", 4, 0.2)))]
     assert names == ["dir/model", "a/m.hlwq", "b/m.hlwq"]
@@ -202,6 +211,34 @@ def test_the_pareto_line_drops_what_another_beats() -> None:
     assert [e.name for e in pareto([*good, beaten])] == ["2", "5", "8"]
     picture = draw_chart(evaluation(*good, beaten))
     assert picture.startswith(b"\x89PNG") and picture == draw_chart(evaluation(*good, beaten))
+
+
+def cover(a: Box, b: Box) -> bool:
+    return min(a.right, b.right) > max(a.left, b.left) and min(a.top, b.top) > max(a.bottom, b.bottom)
+
+
+def test_labels_cover_neither_points_nor_each_other() -> None:
+    rng = np.random.default_rng(0)
+    frame = Box(0, 0, 1000, 600)
+    points = [(float(x), float(y)) for x, y in rng.uniform((200, 100), (800, 500), (25, 2))]
+    points += [(700.0, 300.0), (700.0, 304.0), (700.0, 296.0)]  # three on one spot
+    sizes = [(float(width), 14.0) for width in rng.uniform(40, 160, len(points))]
+    marks = [Box(x - 8, y - 8, x + 8, y + 8) for x, y in points]
+    places = place_labels(points, sizes, marks, frame)
+    assert place_labels(points, sizes, marks, frame) == places
+    boxes = [*marks, *places]
+    first = len(marks)
+    assert [(i, j) for i in range(first, len(boxes)) for j in range(i) if cover(boxes[i], boxes[j])] == []
+    for place, size in zip(places, sizes, strict=True):
+        assert (place.right - place.left, place.top - place.bottom) == pytest.approx(size)
+        assert frame.left <= place.left and place.right <= frame.right
+        assert frame.bottom <= place.bottom and place.top <= frame.top
+
+
+def test_a_label_with_room_stands_to_the_right_and_above_and_one_without_stays_inside() -> None:
+    frame = Box(0, 0, 100, 100)
+    assert place_labels([(50, 50)], [(20, 10)], [], frame) == [Box(55, 55, 75, 65)]
+    assert place_labels([(95, 95)], [(20, 10)], [], frame) == [Box(70, 80, 90, 90)]
 
 
 # --- sensitivities --------------------------------------------------------------------------------

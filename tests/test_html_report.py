@@ -19,6 +19,7 @@ from reports import EVIL, inspection, many, quantized
 
 from hlwq_convert import convert
 from hlwq_convert.codebook import REACH
+from hlwq_convert.decode import get_numpy
 from hlwq_convert.histograms import SHOWN_BINS, worst_histograms
 from hlwq_convert.html_report import make_page
 from hlwq_convert.inspection import TensorInfo, inspect
@@ -212,6 +213,29 @@ def test_tensors_too_small_to_fit_show_the_normal_levels(tmp_path: Path) -> None
     with Reader(tmp_path / "o.hlwq") as reader:
         (one,) = worst_histograms(reader, open_source(model), inspect(tmp_path / "o.hlwq"))
     assert one.levels == normal_levels(5).tolist()
+
+
+def test_levels_of_a_trellis_are_what_its_coordinates_decode_to(tmp_path: Path) -> None:
+    # one row has one scale, and so few blocks are all sampled
+    weights = np.random.default_rng(0).standard_t(3, 1 << 17).astype(np.float32)
+    model = write_model(tmp_path / "m", {"w": ("F32", (1, weights.size), weights.tobytes())})
+    convert(model, tmp_path / "o.hlwq", bpw=4)
+    with Reader(tmp_path / "o.hlwq") as reader:
+        (one,) = worst_histograms(reader, open_source(model), inspect(tmp_path / "o.hlwq"))
+        signs = reader.signs()
+        decoded = get_numpy(reader, "w").astype(np.float64).reshape(-1, 128) * signs
+    assert one.coordinates == sum(one.before) == sum(one.after) == weights.size
+    hadamard = np.array([[1 - 2 * ((i & j).bit_count() % 2) for i in range(128)] for j in range(128)]) / np.sqrt(128)
+    unit = decoded @ hadamard / np.sqrt(np.square(weights, dtype=np.float64).mean())
+    assert one.step is not None and 0.1 < one.step < 0.2  # of 4 bits
+    steps = unit / one.step
+    assert np.abs(steps - np.round(steps)).max() < 1e-3
+    most = round(one.levels[-1] / one.step)
+    assert np.allclose(one.levels, one.step * np.arange(-most, most + 1))
+    assert (np.abs(steps) > most + 0.5).mean() < 0.001  # those have no frequency of their own
+    rotated = (weights.astype(np.float64).reshape(-1, 128) * signs) @ hadamard
+    unit = np.clip(rotated / np.sqrt(np.square(rotated).mean()), -REACH, REACH)
+    assert one.kurtosis[1] == pytest.approx((unit**4).mean() / (unit**2).mean() ** 2, rel=1e-3)
 
 
 # --- the command ------------------------------------------------------------------------------------

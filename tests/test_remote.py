@@ -15,7 +15,19 @@ from hlwq_convert import remote
 from hlwq_convert.inspection import inspect
 from hlwq_convert.remote import HttpFile, Place, find
 from hlwq_formats import metadata as md
-from hlwq_formats.errors import BadDigest, HlwqError, IoFailure, MissingInput, NotHlwq, SourceChanged, Usage, WrongSize
+from hlwq_formats.errors import (
+    BadDigest,
+    HlwqError,
+    HubBusy,
+    HubFailed,
+    HubUnreadable,
+    IoFailure,
+    MissingInput,
+    NotHlwq,
+    SourceChanged,
+    Usage,
+    WrongSize,
+)
 from hlwq_formats.reader import Reader
 from hlwq_formats.writer import Writer
 
@@ -299,9 +311,20 @@ def test_one_line_for_each_wrong_answer(web: Web, twist: object, error: type[Hlw
     assert "\n" not in str(caught.value)
 
 
-def test_a_refusal_of_the_hub_says_how_to_log_in(web: Web) -> None:
-    web.twist = answers(401)  # type: ignore[assignment]
-    with pytest.raises(MissingInput, match="hf auth login"):
+@pytest.mark.parametrize(
+    ("status", "kind", "problem"),
+    [
+        (401, HubUnreadable, "hf auth login"),
+        (404, HubUnreadable, r"not there \(HTTP 404\)"),
+        (429, HubBusy, "asks for patience"),
+        (503, HubFailed, "HTTP 503; try again later"),
+    ],
+)
+def test_what_the_hub_answers_is_an_error_of_the_hub(
+    web: Web, status: int, kind: type[HlwqError], problem: str
+) -> None:
+    web.twist = answers(status)  # type: ignore[assignment]
+    with pytest.raises(kind, match=problem):
         HttpFile(Place(f"{web.url}/m.hlwq", None, True))
 
 

@@ -18,6 +18,7 @@ class Entry(msgspec.Struct, frozen=True):
     bpw: float  # of all weights, with everything that is stored
     quality: Quality
     content_id: str | None = None  # of a file
+    encoding: Literal["scalar", "trellis"] | None = None  # of a file: what most of its bytes are
 
 
 class Missing(msgspec.Struct, frozen=True):

@@ -50,9 +50,10 @@ def _row(entry: Entry, name: str) -> list[str]:
 
 def task_rows(evaluation: Evaluation) -> list[list[str]]:
     """One row for each task, metric and model: what it scored, and where it and the source differ."""
+    names = dict(zip((entry.name for entry in evaluation.entries), shown_names(evaluation.entries), strict=True))
     return [
         [
-            score.task, score.metric, score.name, f"{score.samples:,}",
+            score.task, score.metric, names[score.name], f"{score.samples:,}",
             f"{score.value:.4f} ± {score.standard_error:.4f}",
             f"{score.difference:+.4f}" + _between(score.difference_interval, "+.4f"),
             str(score.source_better), str(score.model_better),

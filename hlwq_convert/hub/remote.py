@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadData, HubFailed, UnsupportedFeature, UnsupportedVersion
-from hlwq_formats.layout import HEADER_LEN, decode_header
-from hlwq_formats.validate import validate
+from hlwq_formats.reader import Reader
 
+from ..remote import HttpFile, Place
 from .client import hub_errors, open_api
 
 _PIECE = 1 << 20
@@ -72,14 +72,11 @@ def sha256_of(repo: str, file: RemoteFile, revision: str) -> str:
 
 def read_container(repo: str, file: RemoteFile, revision: str) -> md.Metadata | None:
     """The metadata of a container on the Hub, from two ranges of it; None when it is none that we can read."""
-    name = f"{repo}/{file.path}"
+    from huggingface_hub import get_token, hf_hub_url
+
+    url = hf_hub_url(repo, file.path, revision=revision)
     try:
-        header = decode_header(read_range(repo, file.path, revision, 0, HEADER_LEN), file.size, name)
-        document = read_range(repo, file.path, revision, header.meta_off, header.meta_len)
-        if hashlib.sha256(document).digest() != header.meta_sha256:
-            return None
-        metadata = md.decode_canonical(document, md.Metadata, header.minor, name)
-        validate(metadata, header.incompat, name)
+        with Reader(HttpFile(Place(url, get_token(), on_hub=True))) as reader:
+            return reader.metadata
     except (BadData, UnsupportedFeature, UnsupportedVersion):
         return None
-    return metadata

@@ -16,7 +16,8 @@ function drawHistogram() {
   if (data.histograms.length === 0) return;
   const one = data.histograms[at("histogram-select").selectedIndex];
   const holder = at("histogram"), width = Math.max(280, holder.clientWidth), height = width < 500 ? 240 : 320;
-  const reach = 4.5, left = 36, bottom = 26, bins = one.before.length, step = (2 * data.reach) / bins;
+  const ticks = one.step !== null || one.levels.length > 64; // lines across the picture would hide the rest
+  const reach = 4.5, left = 36, bottom = ticks ? 40 : 26, bins = one.before.length, step = (2 * data.reach) / bins;
   const density = (counts) => counts.map((n) => n / (one.coordinates * step));
   const series = { before: density(one.before), after: density(one.after) };
   const centre = (i) => (i + 0.5) * step - data.reach;
@@ -31,7 +32,9 @@ function drawHistogram() {
   svg.setAttribute("aria-label", `Density of the coordinates of ${one.name} before and after the rotation`);
   for (const level of one.levels) {
     if (Math.abs(level) > reach) continue;
-    draw(svg, "line", { x1: x(level), x2: x(level), y1: 4, y2: height - bottom, stroke: "var(--level)", "stroke-opacity": 0.55 });
+    const odd = one.step !== null && Math.round(level / one.step) % 2 !== 0;
+    const [from, to] = ticks ? [height - bottom + (odd ? 9 : 2), height - bottom + (odd ? 15 : 8)] : [4, height - bottom];
+    draw(svg, "line", { x1: x(level), x2: x(level), y1: from, y2: to, stroke: "var(--level)", "stroke-opacity": ticks ? 1 : 0.55 });
   }
   const grid = top > 0.7 ? 0.2 : 0.1;
   for (let value = 0; value < top; value += grid) {
@@ -56,7 +59,9 @@ function drawHistogram() {
   const key = at("histogram-key");
   key.replaceChildren();
   const lines = [["before", "", "before"], ["after", "", "after"], ["normal", "dash", "N(0, 1)"]];
-  if (one.levels.length) lines.push(["level", "rule", `${one.levels.length} levels of the codebook`]);
+  lines.push(["level", "rule", one.step === null
+    ? `${one.levels.length} levels of the codebook`
+    : `levels of the trellis, ${one.step.toPrecision(3)} apart: even and odd ones, of which its state allows one kind`]);
   for (const [name, kind, text] of lines) {
     const item = make("li", key), mark = make("i", item, undefined, kind);
     if (kind === "dash") mark.style.borderColor = `var(--${name})`;
@@ -65,8 +70,9 @@ function drawHistogram() {
   }
   const [before, after] = one.kurtosis.map((value) => value.toFixed(2));
   const cut = highest > top ? " Bins that are higher than the picture are cut." : "";
+  const divided = one.step === null ? "each block divided by its root mean square" : "each row divided by its scale";
   at("histogram-note").textContent =
-    `Kurtosis ${before} before, ${after} after; 3 is normal. Density of ${count(one.coordinates)} coordinates of sampled blocks, each block divided by its root mean square.${cut}`;
+    `Kurtosis ${before} before, ${after} after; 3 is normal. Density of ${count(one.coordinates)} coordinates of sampled blocks, ${divided}.${cut}`;
 }
 
 function listHistograms() {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from logging import getLogger
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from .load import TORCH, load_state_dict
 
 
 def hush() -> None:
-    """Let transformers print nothing: what it would say is raised here as an error, or shown by our own progress."""
+    """Let transformers, lm-eval and the peers print nothing: what they would say is raised here as an error, shown by
+    our own progress, or is about kernels that are not used."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    for name in ("huggingface_hub", "lm_eval", "torchao", "torch.utils._pytree"):
+        getLogger(name).setLevel("ERROR")
 
 
 def find_device(name: str) -> torch.device:

@@ -22,7 +22,7 @@ from ..evaluation.source_digest import SourceDigest, digest_source, other_source
 from ..evaluation.statistics import Scores, quality
 from ..evaluation.task_scores import Answers, compare
 from ..evaluation.windows import TEXT, cut_windows, read_text
-from ..inspection import inspect_reader, printable
+from ..inspection import QUANTIZED, Inspection, inspect_reader, printable
 from ..source import Source, open_source
 from .causal_model import file_model, find_device, hush, load_tokenizer, source_model
 from .peers import PEERS, apply_peer
@@ -110,16 +110,19 @@ def evaluate(
         right = answer(model, ground.tokenizer, tasks)
         del model
 
-    def measure(model: Any, name: str, kind: Any, size: int, bpw: float, content_id: str | None = None) -> None:
+    def measure(model: Any, name: str, kind: Any, size: int, bpw: float, **of_file: Any) -> None:
         stage = f"{escape(name, 60)} ({len(entries)} of {len(files) + peers * len(PEERS)})"
         scores = score(model, ground.windows, ground.reference, lambda done, total: progress(stage, done, total))
-        entries.append(Entry(name, kind, size, bpw, quality(scores, ground.reference.nll), content_id))
+        entries.append(Entry(name, kind, size, bpw, quality(scores, ground.reference.nll), **of_file))
         if tasks:
             scored.extend(compare(name, answer(model, ground.tokenizer, tasks), right))
 
     for file, inspection in zip(files, inspections, strict=True):
         model = file_model(file, ground.source, ground.dtype, ground.device)
-        measure(model, printable(file), "hlwq", inspection.file_bytes, inspection.bpw or 0, inspection.content_id)
+        measure(
+            model, printable(file), "hlwq", inspection.file_bytes, inspection.bpw or 0,
+            content_id=inspection.content_id, encoding=_main_encoding(inspection),
+        )  # fmt: skip
         del model
     for peer in PEERS if peers else ():
         model = source_model(ground.source, ground.dtype, ground.device)
@@ -138,6 +141,12 @@ def evaluate(
         samples=ground.reference.sample.shape[-1], rest=ground.reference.rest,
         entries=entries, missing=missing, tasks=scored, warnings=warnings,
     )  # fmt: skip
+
+
+def _main_encoding(inspection: Inspection) -> Any:
+    """Scalar or trellis, whichever takes more bytes; None for a file with neither."""
+    sizes = {kind: inspection.summary.bytes_by_encoding[kind] for kind in QUANTIZED}
+    return max(QUANTIZED, key=lambda kind: sizes[kind]) if any(sizes.values()) else None
 
 
 def _source_entry(ground: Ground) -> Entry:

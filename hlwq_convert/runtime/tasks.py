@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -21,13 +23,15 @@ def answer(model: Any, tokenizer: Any, tasks: Sequence[str]) -> Answers:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise MissingInput(f"--tasks: {error.name} is not installed", hint='pip install "lm-eval[hf]"') from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        raise MissingInput(
+            f"--tasks: {error.name} is not installed", hint='pip install "hlwq-convert[tasks]"'
+        ) from None
     runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
     answers: dict[tuple[str, str], dict[int, float]] = {}
     for task in tasks:
         try:
-            found = simple_evaluate(runner, tasks=[task], bootstrap_iters=0)
+            with _bars_in_terminals_only():
+                found = simple_evaluate(runner, tasks=[task], bootstrap_iters=0)
         except KeyError as error:
             raise Usage(f"--tasks {escape(task, 60)}: {escape(str(error.args[0]), 200)}") from None
         except OSError as error:  # what the libraries under lm-eval raise when a data set cannot be fetched or read
@@ -41,3 +45,21 @@ def answer(model: Any, tokenizer: Any, tasks: Sequence[str]) -> Answers:
                     if isinstance(sample[metric], Real):
                         answers.setdefault((name, metric), {})[sample["doc_id"]] = float(sample[metric])
     return answers
+
+
+@contextmanager
+def _bars_in_terminals_only() -> Iterator[None]:
+    """Send standard error to nowhere unless a person looks at it: lm-eval, what lies below it and the git that it asks
+    for a commit all write there. What matters is raised."""
+    if sys.stderr.isatty():
+        yield
+        return
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
