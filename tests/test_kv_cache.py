@@ -210,9 +210,11 @@ def test_a_reset_layer_starts_anew() -> None:
 # --- models ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sliding", [False, True])
 @pytest.mark.parametrize("window", [64, 100])
-def test_decoding_step_by_step_equals_a_prompt_in_pieces_of_64(window: int) -> None:
-    net = model(dtype=torch.float64)  # or roundings that depend on the shape of a product move a code now and then
+def test_decoding_step_by_step_equals_a_prompt_in_pieces_of_64(window: int, sliding: bool) -> None:
+    # float64, or roundings that depend on the shape of a product move a code now and then
+    net = model("Mistral", torch.float64, sliding_window=150 if sliding else None)
     ids, seen = tokens(330, batch=2), []
     for size in (1, FLUSH):
         cache = h.QuantizedCache(net.config, 3, window)
@@ -222,7 +224,7 @@ def test_decoding_step_by_step_equals_a_prompt_in_pieces_of_64(window: int) -> N
     (steps, steps_stored), (pieces, pieces_stored) = seen
     exact = [tensor for tensor in pieces_stored if not tensor.dtype.is_floating_point or tensor.dtype == torch.float16]
     assert equal([t for t in steps_stored if t.dtype != torch.float64], exact) and len(exact) == 8
-    assert exact[0].shape == (2, 2, 320 - window, 24)
+    assert exact[0].shape == (2, 2, (149 if sliding else 320) - window, 24)
     torch.testing.assert_close(steps, pieces, rtol=0, atol=1e-10)
 
 
@@ -284,6 +286,32 @@ def test_assisted_decoding() -> None:
 
 def test_a_prompt_in_pieces_through_generate() -> None:
     assert_like_the_oracle(model(), tokens(300), prefill_chunk_size=FLUSH)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_generate_with_a_prompt_in_pieces_equals_step_by_step(options: dict[str, Any]) -> None:
+    net, ids = model(dtype=torch.float64), tokens(200, batch=2)
+    steps, pieces, at_once = (
+        generate(net, ids, h.QuantizedCache(net.config, 3, 64), prefill_chunk_size=size, **options)
+        for size in (1, FLUSH, None)
+    )
+    assert torch.equal(steps.sequences, pieces.sequences)
+    torch.testing.assert_close(pieces.logits, steps.logits, rtol=0, atol=1e-10)
+    assert (at_once.logits[0] - steps.logits[0]).abs().max() > 1e-3  # what pieces are for
+
+
+def test_after_a_crop_to_a_multiple_of_64_pieces_still_equal_steps() -> None:
+    net, ids, more, seen = model(dtype=torch.float64), tokens(330), tokens(100), []
+    for size in (1, FLUSH):
+        cache = h.QuantizedCache(net.config, 3, 64)
+        with torch.no_grad():
+            for piece in ids.split(size, dim=1):
+                net(piece, past_key_values=cache)
+            cache.crop(256 - 330)
+            logits = [net(piece, past_key_values=cache).logits for piece in more.split(size, dim=1)]
+        seen.append((torch.cat(logits, dim=1), stored(cache)))
+    torch.testing.assert_close(seen[1][0], seen[0][0], rtol=0, atol=1e-10)
+    assert equal(*([t for t in kept if t.dtype != torch.float64] for _, kept in seen))
 
 
 def test_linear_attention_keeps_its_own_state() -> None:

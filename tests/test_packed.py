@@ -10,43 +10,66 @@ from typing import Any
 import numpy as np
 import pytest
 from models import write_model
+from msgspec import UnsetType
 from test_load_model import DECODER, MODELS, convert, logits, source_model
 
 import hlwq_convert as h
-from hlwq_formats.errors import BadData, NotAvailable
+from hlwq_formats import metadata as md
+from hlwq_formats.errors import BadData, BadFrames, NotAvailable
 from hlwq_formats.reader import Reader
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from hlwq_convert.runtime.modules import HlwqEmbedding, HlwqLinear, Rotation  # noqa: E402
-from hlwq_convert.runtime.packed import PackedMatrix, decode_blocks, read_packed  # noqa: E402
+from hlwq_convert.runtime.modules import HlwqEmbedding, HlwqExperts, HlwqLinear, Rotation  # noqa: E402
+from hlwq_convert.runtime.packed import Packed, PackedMatrix, decode_blocks, read_packed  # noqa: E402
+from hlwq_convert.runtime.packed_trellis import PackedTrellis  # noqa: E402
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def packed_and_dense(
-    folder: Path, shape: tuple[int, int], bits: int, dtype: str = "F32"
-) -> tuple[PackedMatrix, torch.Tensor]:
-    """A random matrix both ways."""
+    folder: Path, shape: tuple[int, int], bits: int | None, dtype: str = "F32"
+) -> tuple[Any, torch.Tensor]:
+    """A random matrix both ways; without `bits` at a variable rate."""
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32).tobytes()
-    h.convert(write_model(folder / "m", {"w": ("F32", shape, values)}), folder / "o.hlwq", bits)
+    rate = {"bpw": 8, "effort": "fast"} if bits is None else {"bits": bits}
+    h.convert(write_model(folder / "m", {"w": ("F32", shape, values)}), folder / "o.hlwq", **rate)  # type: ignore[arg-type]
     with Reader(folder / "o.hlwq") as reader:
         matrix = read_packed(reader, reader.tensors["w"], DTYPES[dtype], torch.device("cpu"))
     return matrix, h.load_state_dict(folder / "o.hlwq", dtype=DTYPES[dtype])["w"]
+
+
+def assert_rows_are_the_loaders(matrix: Packed, dense: torch.Tensor) -> None:
+    rows, columns = dense.shape
+    for start, stop in [(0, rows), (0, 1), (rows - 1, rows), (rows // 3, rows // 2), (2, 2)]:
+        assert torch.equal(matrix.rows(start, stop, dense.dtype), dense[start:stop])
+    index = torch.tensor([0, rows - 1, 1, 1, rows // 2])
+    assert torch.equal(matrix.take(index), dense[index])
+    assert matrix.take(index[:0]).shape == (0, columns)
+    assert torch.equal(matrix.rows(1, 5, torch.float64), matrix.rows(1, 5, torch.float32).double())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
 @pytest.mark.parametrize("shape", [(70, 96), (40, 128), (33, 200), (9, 640), (5000, 3)])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_any_rows_have_the_bits_of_the_loader(tmp_path: Path, shape: tuple[int, int], bits: int, dtype: str) -> None:
-    matrix, dense = packed_and_dense(tmp_path, shape, bits, dtype)
-    rows = shape[0]
-    for start, stop in [(0, rows), (0, 1), (rows - 1, rows), (rows // 3, rows // 2), (2, 2)]:
-        assert torch.equal(matrix.rows(start, stop, DTYPES[dtype]), dense[start:stop])
-    index = torch.tensor([0, rows - 1, 1, 1, rows // 2])
-    assert torch.equal(matrix.take(index), dense[index])
-    assert matrix.take(index[:0]).shape == (0, shape[1])
+    assert_rows_are_the_loaders(*packed_and_dense(tmp_path, shape, bits, dtype))
+
+
+@pytest.mark.parametrize("shape", [(70, 96), (700, 1000), (512, 1024), (9000, 33)])  # one chunk, or rows across some
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_any_rows_of_a_trellis_have_the_bits_of_the_loader(tmp_path: Path, shape: tuple[int, int], dtype: str) -> None:
+    matrix, dense = packed_and_dense(tmp_path, shape, None, dtype)
+    assert isinstance(matrix, PackedTrellis)
+    assert_rows_are_the_loaders(matrix, dense)
+
+
+def test_rows_are_asked_for_in_whole_chunks(tmp_path: Path) -> None:
+    matrix, _ = packed_and_dense(tmp_path, (70, 96), None)
+    for columns, step in ((96, 40960), (576, 4096), (4096, 1024), (11008, 381), (1 << 23, 1)):
+        matrix.shape = (1, columns)
+        assert matrix.step == step and (step * columns % (1 << 18) == 0 or columns == 11008)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64])
@@ -88,7 +111,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("hidden", [64, 128])
-@pytest.mark.parametrize("name", ["llama, tied", "llama", "qwen2", "gemma3", "bert", "qwen3 moe"])
+@pytest.mark.parametrize("name", ["llama, tied", "llama", "qwen2", "gemma3", "bert", "mixtral", "qwen3 moe"])
 def test_packed_logits_are_the_dense_ones(
     tmp_path: Path, name: str, hidden: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,8 +134,88 @@ def test_packed_in_bfloat16_is_no_further_from_the_exact_logits_than_dense(tmp_p
     assert packed < 1.5 * dense
 
 
-def sizes_of(model: torch.nn.Module) -> int:
-    return sum(t.nbytes for t in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+@pytest.mark.parametrize("name", ["llama, tied", "gemma3", "bert", "qwen3 moe"])
+def test_packed_logits_of_a_variable_rate_are_the_dense_ones(tmp_path: Path, name: str) -> None:
+    path = convert(source_model(name, torch.float32), tmp_path, bpw=8, effort="fast")
+    (dense, _), (packed, _) = h.load_model(path), h.load_model(path, weights="packed")
+    assert sum(isinstance(m, PackedTrellis) for m in packed.modules()) == len(trellis_names(path))
+    # equal weights in equal products: only experts may come in another order
+    assert relative(logits(packed), logits(dense)) < 1e-6
+    with torch.inference_mode():
+        assert relative(packed(torch.arange(3, 23).reshape(2, 10))[0], logits(dense)) < 1e-6
+
+
+def trellis_names(path: Path) -> list[str]:
+    return [tensor.name for tensor in h.inspect(path).tensors if tensor.encoding == "trellis"]
+
+
+@pytest.mark.parametrize("rate", [{"bits": 5}, {"bpw": 8, "effort": "fast"}])
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_stay_packed_and_only_those_in_use_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: bool, rate: dict[str, Any]
+) -> None:
+    source = source_model("mixtral", torch.float32)
+    source.save_pretrained(tmp_path / "source", save_original_format=not fused)
+    h.convert(tmp_path / "source", tmp_path / "o.hlwq", **rate)
+    with Reader(tmp_path / "o.hlwq") as reader:
+        assert ("model.layers.0.mlp.experts.down_proj" in reader.tensors) is fused
+    needed: list[int] = []
+    monkeypatch.setattr("hlwq_convert.runtime.model.check_memory", lambda size, *_: needed.append(size))
+    (dense, _), (packed, _) = (h.load_model(tmp_path / "o.hlwq", weights=w) for w in ("dense", "packed"))
+    experts = [m for m in packed.modules() if isinstance(m, HlwqExperts)]
+    assert len(experts) == 4 and not any("experts" in name for name, _ in packed.named_parameters())
+    layer = packed.model.layers[1].mlp.experts
+    for expert in range(12):
+        assert torch.equal(layer.gate_up_proj[expert], dense.model.layers[1].mlp.experts.gate_up_proj[expert])
+    used: list[int] = []
+    decode = HlwqExperts.__getitem__
+    monkeypatch.setattr(HlwqExperts, "__getitem__", lambda self, e: used.append(int(e)) or decode(self, e))
+    with torch.no_grad():
+        found = packed(torch.tensor([[5]]))[0]
+        assert relative(found, dense(torch.tensor([[5]]))[0]) < 1e-6
+    assert len(used) == 2 * 2 * 2  # two layers, two experts for a token, two weights of each
+    # what was asked for before loading is what lies there, and the largest dense weight in the making
+    rest = max(p.nbytes for name, p in packed.named_parameters())
+    assert needed[1] == memory_of(packed) + rest
+
+
+def memory_of(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and of the buffers that lie in a file."""
+    buffers = [buffer for name, buffer in model.named_buffers() if "inv_freq" not in name]
+    return sum(t.nbytes for t in {id(t): t for t in [*model.parameters(), *buffers]}.values())
+
+
+def test_a_variable_rate_stays_as_small_as_in_the_file(tmp_path: Path) -> None:
+    path = convert(source_model("llama, tied"), tmp_path, bpw=8, effort="fast")
+    model, _ = h.load_model(path, weights="packed")
+    assert model.lm_head.matrix is model.model.embed_tokens.matrix
+    with Reader(path) as reader:
+        tensors = reader.metadata.tensors
+        stored = sum(
+            s.length if isinstance(s.zstd, UnsetType) else s.zstd.raw_length for t in tensors for s in t.sections
+        )
+        chunks = sum(len(t.sections[-1].chunks) for t in tensors if isinstance(t, md.TrellisTensor))
+    # beside what is stored, a matrix has the 128 signs, a byte each, and where its chunks begin and the last ends
+    assert memory_of(model) == stored + 8 * chunks + (128 + 8) * len(trellis_names(path))
+    assert torch.equal(model.lm_head.weight, h.load_state_dict(path)["model.embed_tokens.weight"])
+
+
+def test_a_chunk_that_no_encoder_writes_is_found_when_it_is_used(tmp_path: Path) -> None:
+    matrix, _ = packed_and_dense(tmp_path, (700, 1000), None)
+    matrix.symbols[int(matrix.offsets[1]) + 5000] ^= 1
+    assert len(matrix.rows(0, 100, torch.float32)) == 100
+    with pytest.raises(BadFrames, match=r'o\.hlwq: tensor "w": symbols: chunk 1 of the symbols is none'):
+        matrix.rows(100, 400, torch.float32)
+
+
+def test_a_variable_rate_stays_packed_on_the_cpu_only(tmp_path: Path) -> None:
+    path = convert(source_model("llama"), tmp_path, bpw=8, effort="fast")
+    message = r'trellis can stay packed on the CPU only, not on meta; use weights="dense" there'
+    with pytest.raises(NotAvailable, match=message):
+        h.load_model(path, "meta", weights="packed")
+    model, _ = h.load_model(path, weights="packed")
+    with pytest.raises(NotAvailable, match=message):
+        logits(model.to("meta"))
 
 
 def test_codes_stay_as_small_as_in_the_file_and_tied_weights_are_one(tmp_path: Path) -> None:
@@ -141,6 +244,16 @@ def test_siblings_share_one_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(calls) == 3 * 2 + 1
 
 
+def test_inference_mode_rotates_each_time(tmp_path: Path) -> None:
+    matrix, _ = packed_and_dense(tmp_path, (32, 128), 4)
+    rotation = Rotation()
+    with torch.inference_mode():
+        x = torch.randn(2, 128)
+        first = rotation(x, matrix)
+        x += 1  # which such a tensor does not say
+        assert torch.equal(rotation(x, matrix), matrix.rotate(x)) and not torch.equal(first, matrix.rotate(x))
+
+
 def test_a_rotation_is_not_taken_for_another(tmp_path: Path) -> None:
     matrix, _ = packed_and_dense(tmp_path, (32, 128), 4)
     rotation, x = Rotation(), torch.randn(2, 128)
@@ -163,10 +276,11 @@ def test_a_packed_model_can_be_copied_and_cast(tmp_path: Path) -> None:
     assert relative(wide, logits(h.load_model(path, dtype=torch.float32)[0])) < 3e-6
 
 
-def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rate", [{"bits": 5}, {"bpw": 8, "effort": "fast"}])
+def test_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: dict[str, Any]) -> None:
     config, sizes = MODELS["llama"]
     monkeypatch.setitem(MODELS, "llama", (config, sizes | {"hidden_size": 128, "num_hidden_layers": 1}))
-    path = convert(source_model("llama", torch.float32), tmp_path)
+    path = convert(source_model("llama", torch.float32), tmp_path, **rate)
     model, _ = h.load_model(path, weights="packed")
     # every operation in one graph; "aot_eager" traces all that inductor would, in a tenth of its time
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

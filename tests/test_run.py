@@ -97,6 +97,19 @@ def test_models_and_prompts_without_an_answer(file: Path, tmp_path: Path) -> Non
         generate(*h.load_model(tmp_path / "dumb.hlwq"), "a")
 
 
+def test_a_prompt_is_given_to_a_quantized_cache_in_pieces(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_load_model import DECODER, MODELS
+
+    from hlwq_convert.runtime.generate import generate
+
+    monkeypatch.setitem(MODELS, "llama", (MODELS["llama"][0], DECODER | {"head_dim": 64}))
+    model, tokenizer = source_model("llama").eval(), h.load_model(file)[1]
+    sizes: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, given, __: sizes.append(given[0].shape[1]))
+    made = generate(model, tokenizer, "a b c d " * 35, kv_bits=3, max_new_tokens=4)
+    assert (made.prompt_tokens, sizes) == (140, [64, 64, 12, 1, 1, 1])
+
+
 def test_what_a_model_writes_does_nothing_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     from hlwq_convert.cli.run import _show
 

@@ -53,7 +53,6 @@ def command(
         import transformers
 
         from ..runtime.generate import generate
-        from ..runtime.kv_cache import QuantizedCache
         from ..runtime.model import load_model
     except ModuleNotFoundError as error:
         raise NotAvailable(f"{error.name} is not installed", hint='pip install "hlwq-convert[run]"') from error
@@ -63,8 +62,9 @@ def command(
     model, tokenizer = load_model(file, "cuda" if torch.cuda.is_available() else "cpu", weights=weights)
     load_seconds = time.monotonic() - began
     on_text = (lambda text: None) if as_json else _show
-    cache = {} if kv_bits is None else {"past_key_values": QuantizedCache(model.config, kv_bits)}
-    made = generate(model, tokenizer, prompt, chat=chat, max_new_tokens=max_new_tokens, on_text=on_text, **cache)
+    made = generate(
+        model, tokenizer, prompt, chat=chat, kv_bits=kv_bits, max_new_tokens=max_new_tokens, on_text=on_text
+    )
     if as_json:
         import dataclasses
 

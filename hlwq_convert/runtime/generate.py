@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, TextStreamer
 
 from hlwq_formats.errors import Usage
 
+from .kv_cache import FLUSH, QuantizedCache
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -55,13 +57,17 @@ def generate(
     prompt: str,
     *,
     chat: bool = False,
+    kv_bits: int | None = None,
     max_new_tokens: int = 256,
     on_text: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> Generation:
     """Continue a prompt, or answer it through the chat template, taking the most likely token each time.
 
-    `options` go to model.generate. Raises Usage (2) for a model without tokenizer, generation or template.
+    With `kv_bits`, older keys and values are kept at so many bits, and the prompt is given in pieces that see them as
+    they are kept. `options` go to model.generate.
+
+    Raises Usage (2) for a model without tokenizer, generation or template.
     """
     if not model.can_generate():
         raise Usage(f"{type(model).__name__} does not generate text")
@@ -78,6 +84,8 @@ def generate(
     if inputs["input_ids"].shape[1] == 0:
         raise Usage("the prompt is empty")
     streamer = _Pieces(tokenizer, on_text)
+    if kv_bits is not None:
+        options |= {"past_key_values": QuantizedCache(model.config, kv_bits), "prefill_chunk_size": FLUSH}
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     began = time.perf_counter()
     model.generate(  # type: ignore[operator]  # mypy takes it for an attribute of nn.Module

@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from hlwq_formats.errors import NotThisModel, escape
 
@@ -39,6 +46,19 @@ class Group:
             self.converter.add_tensor(self.target, name, pattern, tensors[name])  # type: ignore[arg-type]
         converted = self.converter.convert(self.target, model=model, config=model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in converted.items()}
+
+    def parts(self) -> list[list[str]] | None:
+        """The tensors whose rows, joined, are each slice of the weight, where a converter only stacks them; all of it
+        in one part where there is no converter. None for what a converter computes in another way."""
+        if self.converter is None:
+            return [list(self.sources)]
+        match self.converter.operations:
+            case [MergeModulelist(dim=0)] | [MergeModulelist(dim=0), Concatenate(dim=1)]:
+                pass
+            case _:
+                return None
+        patterns = [[n for n, p in self.sources.items() if p == pattern] for pattern in self.converter.source_patterns]
+        return [list(names) for names in zip(*filter(None, patterns), strict=True)]
 
 
 @dataclass(frozen=True)

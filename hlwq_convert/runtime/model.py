@@ -22,11 +22,15 @@ from .int4 import can_be_int4, int4_bytes, int4_config, to_int4
 from .keys import Group, KeyPlan, plan_keys
 from .load import TORCH, check_dtype, iter_reader
 from .memory import check_memory
-from .modules import Rotation, can_pack, pack
-from .packed import PackedMatrix, packed_bytes, read_packed
+from .modules import HlwqExperts, Rotation, can_pack, pack
+from .packed import Packed, packed_bytes, read_packed
+from .packed_trellis import not_here
 from .tokenizer import read_tokenizer
 
 Weights = Literal["dense", "packed", "int4"]
+
+Parts = list[list[md.StoredTensor]]
+"""What makes a weight that stays packed, as in Group.parts."""
 
 
 def load_model(
@@ -65,6 +69,8 @@ def load_model(
         )
         int4 = int4_config(device, model.dtype) if weights == "int4" else None
         packed = _packable(reader, model, plan) if weights == "packed" else {}
+        if device.type != "cpu" and any(isinstance(tensor, md.TrellisTensor) for tensor in _tensors(packed)):
+            raise not_here(device, reader.path)
         check_memory(_needed_bytes(reader, model, plan, packed, int4), device, reader.path, weights)
         _pack(reader, model, packed, device)
         _fill(reader, model, plan, packed, int4, device, workers)
@@ -114,26 +120,30 @@ def _dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
     }
 
 
-def _packable(reader: Reader, model: PreTrainedModel, plan: KeyPlan) -> dict[str, md.Tensor]:
-    """The weights that can stay packed, and what each is in the file: those that no converter touches and that
-    only modules of a known kind use."""
-    packed: dict[str, md.Tensor] = {}
+def _packable(reader: Reader, model: PreTrainedModel, plan: KeyPlan) -> dict[str, Parts]:
+    """The weights that can stay packed, and what makes each: those that are tensors of the file as they are, or
+    stacks of them, and that only modules of a known kind use."""
+    packed: dict[str, Parts] = {}
     for group in plan.groups:
-        stored = reader.stored_tensor(next(iter(group.sources)))
         users = [group.target, *(key for key, source in plan.tied.items() if source == group.target)]
-        if group.converter is None and group.target not in plan.tied and packed_bytes(reader, stored) is not None:
-            places = [_place(model, key) for key in users]
-            if all(name == "weight" and can_pack(module) for module, name in places):
-                packed |= dict.fromkeys(users, stored)
+        names = group.parts()
+        if names is None or group.target in plan.tied or not all(can_pack(*_place(model, key)) for key in users):
+            continue
+        parts = [[reader.stored_tensor(name) for name in part] for part in names]
+        if all(packed_bytes(tensor) is not None for part in parts for tensor in part):
+            packed |= dict.fromkeys(users, parts)
     return packed
 
 
-def _needed_bytes(
-    reader: Reader, model: PreTrainedModel, plan: KeyPlan, packed: dict[str, md.Tensor], int4: Any
-) -> int:
+def _tensors(packed: dict[str, Parts]) -> list[md.StoredTensor]:
+    """The tensors of the file that stay packed, each once."""
+    return list({tensor.name: tensor for parts in packed.values() for part in parts for tensor in part}.values())
+
+
+def _needed_bytes(reader: Reader, model: PreTrainedModel, plan: KeyPlan, packed: dict[str, Parts], int4: Any) -> int:
     """The model, and what is in memory beside it while the largest weight is made."""
     dtypes = _dtypes(model)
-    needed = sum({tensor.name: packed_bytes(reader, tensor) or 0 for tensor in packed.values()}.values())
+    needed = sum(packed_bytes(tensor) or 0 for tensor in _tensors(packed))
     for key, value in model.state_dict().items():
         if key not in plan.tied and key not in packed:
             is_int4 = int4 is not None and _becomes_int4(model, plan, key)
@@ -152,18 +162,20 @@ def _becomes_int4(model: PreTrainedModel, plan: KeyPlan, key: str) -> bool:
     return name == "weight" and can_be_int4(module) and key not in plan.tied and key not in plan.tied.values()
 
 
-def _pack(reader: Reader, model: PreTrainedModel, packed: dict[str, md.Tensor], device: torch.device) -> None:
+def _pack(reader: Reader, model: PreTrainedModel, packed: dict[str, Parts], device: torch.device) -> None:
     """Put what stays packed in its place, each tensor of the file once."""
-    matrices: dict[str, PackedMatrix] = {}
+    matrices: dict[str, Packed] = {}
     rotation = Rotation()
-    for key, tensor in packed.items():
-        if tensor.name not in matrices:
-            matrices[tensor.name] = read_packed(reader, tensor, model.dtype, device)
-        pack(_place(model, key)[0], matrices[tensor.name], rotation)
+    for tensor in _tensors(packed):
+        matrices[tensor.name] = read_packed(reader, tensor, model.dtype, device)
+    for key, parts in packed.items():
+        pack(*_place(model, key), [[matrices[tensor.name] for tensor in part] for part in parts], rotation)
+    if any(isinstance(module, HlwqExperts) for module in model.modules()):
+        model.set_experts_implementation("eager")  # the one that takes an expert at a time
 
 
 def _fill(
-    reader: Reader, model: PreTrainedModel, plan: KeyPlan, packed: dict[str, md.Tensor], int4: Any,
+    reader: Reader, model: PreTrainedModel, plan: KeyPlan, packed: dict[str, Parts], int4: Any,
     device: torch.device, workers: int | None,
 ) -> None:  # fmt: skip
     """Give every other weight that the file holds its tensors, each group when its last one has been read."""
@@ -205,7 +217,7 @@ def set_weight(model: nn.Module, key: str, value: torch.Tensor) -> None:
 
 
 def _finish(
-    reader: Reader, model: PreTrainedModel, plan: KeyPlan, packed: dict[str, md.Tensor], device: torch.device
+    reader: Reader, model: PreTrainedModel, plan: KeyPlan, packed: dict[str, Parts], device: torch.device
 ) -> None:
     """Tie what is tied, and let transformers compute the buffers that no file holds."""
     for key, source in plan.tied.items():

@@ -1,7 +1,8 @@
-"""nn.Linear and nn.Embedding over a matrix that stays packed.
+"""nn.Linear, nn.Embedding and fused experts over matrices that stay packed.
 
 A module is changed in place, into a class that has the forward of ours before that of torch. What its own class
-adds (a scaled embedding, say) goes on working, and code that reads `weight` gets the decoded matrix.
+adds (a scaled embedding, say) goes on working, and code that reads `weight` gets the decoded matrix. A module of
+experts stays as it is: its weights become objects of which it takes one expert after the other.
 """
 
 from __future__ import annotations
@@ -12,10 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from .packed import PackedMatrix
-
-_CHUNK = 1 << 21
-"""Weights that are decoded at once in a forward pass."""
+from .packed import Packed, PackedMatrix
 
 
 class Rotation:
@@ -26,7 +24,8 @@ class Rotation:
 
     def __call__(self, x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
         """matrix.rotate(x). All matrices of a file have the same signs, so one serves for another."""
-        if torch.compiler.is_compiling():  # the compiler finds equal expressions by itself
+        # the compiler finds equal expressions by itself; tensors of inference_mode do not say that they were changed
+        if torch.compiler.is_compiling() or x.is_inference():
             return matrix.rotate(x)
         last = self._last
         if last is not None and last[0]() is x and last[1] == x._version:
@@ -40,7 +39,7 @@ class Rotation:
 
 
 class _Packed(nn.Module):
-    matrix: PackedMatrix
+    matrix: Packed
 
     @property
     def weight(self) -> torch.Tensor:
@@ -58,13 +57,11 @@ class HlwqLinear(_Packed, nn.Linear):  # type: ignore[override]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
         rows, matrix = self.matrix.rows, self.matrix
-        if matrix.whole_blocks:
+        if isinstance(matrix, PackedMatrix) and matrix.whole_blocks:
             x, rows = self.rotation(x, matrix), matrix.rotated_rows
-        step = max(1, _CHUNK // matrix.shape[1])
-        starts = range(0, matrix.shape[0], step)
         parts = []
-        for start in starts:
-            stop = min(start + step, matrix.shape[0])
+        for start in range(0, matrix.shape[0], matrix.step):
+            stop = min(start + matrix.step, matrix.shape[0])
             bias = None if self.bias is None else self.bias[start:stop]
             parts.append(F.linear(x, rows(start, stop, x.dtype), bias))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -78,16 +75,47 @@ class HlwqEmbedding(_Packed, nn.Embedding):  # type: ignore[override]
         return self.matrix.take(input.reshape(-1)).reshape(*input.shape, self.matrix.shape[1])
 
 
-def can_pack(module: nn.Module) -> bool:
-    """Whether `pack` knows the module."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and module.max_norm is None)
+class HlwqExperts(nn.Module):
+    """What stands for the (experts, rows, columns) weight of a module of fused experts.
+
+    Each of `parts` holds as many experts as any other: matrices whose rows, joined, are theirs.
+    """
+
+    def __init__(self, parts: list[list[Packed]], experts: int) -> None:
+        super().__init__()
+        self.matrices = nn.ModuleList(matrix for matrices in parts for matrix in matrices)
+        self.parts = parts
+        self.experts_in_part = experts // len(parts)
+
+    def __getitem__(self, expert: int | torch.Tensor) -> torch.Tensor:
+        """(rows, columns) of one expert, decoded."""
+        part, place = divmod(int(expert), self.experts_in_part)
+        found = []
+        for matrix in self.parts[part]:
+            count = matrix.shape[0] // self.experts_in_part
+            found.append(matrix.rows(place * count, (place + 1) * count, matrix.like.dtype))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def pack(module: nn.Module, matrix: PackedMatrix, rotation: Rotation) -> None:
-    """Make a module of which `can_pack` is true work on `matrix`; its weight goes."""
+def can_pack(module: nn.Module, name: str) -> bool:
+    """Whether `pack` knows what to do with this weight of the module."""
+    if hasattr(module, "_apply_gate"):  # fused experts, of which transformers has several implementations
+        weight = module._parameters.get(name)
+        return weight is not None and weight.ndim == 3
+    known = isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and module.max_norm is None)
+    return known and name == "weight"
+
+
+def pack(module: nn.Module, name: str, parts: list[list[Packed]], rotation: Rotation) -> None:
+    """Make a weight for which `can_pack` is true one that stays packed: one matrix, or those of HlwqExperts."""
+    weight = module._parameters.pop(name)
+    if weight is not None and weight.ndim == 3:
+        setattr(module, name, HlwqExperts(parts, weight.shape[0]))
+        module._is_hf_initialized = True  # type: ignore[assignment]  # transformers has nothing to compute
+        return
+    ((matrix,),) = parts
     ours = HlwqLinear if isinstance(module, nn.Linear) else HlwqEmbedding
     own = type(module)
-    del module._parameters["weight"]
     # its own forward first, then ours, then that of torch
     module.__class__ = ours if own in ours.__mro__ else type(f"Hlwq{own.__name__}", (own, ours), {})
     module.matrix = matrix

@@ -6,10 +6,8 @@ plain torch operations do, which compile into whatever they meet.
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,18 +15,22 @@ from torch import nn
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import BIT_PATTERNS
-from hlwq_formats.layout import BLOCK, numel
+from hlwq_formats.layout import BLOCK, numel, scalar_lengths
 from hlwq_formats.reader import Reader
 
 from ..decode import code_chunks, scalar_code
-from ..parallel import default_workers
 from ..quantize import ScalarCode
 from .dequantize import fwht, unpack
 from .load import TAGS
+from .packed_trellis import PackedTrellis, read_trellis, trellis_bytes
+from .threads import run_all, workers
 
 _ROTATED_EXPONENT = 3
 """Rotated weights are multiplied by 2**3, and rotated activations by 2**-3: both then have about the magnitude
 that they have unrotated (the transform multiplies by sqrt(128)), which fp16 needs."""
+
+_STEP = 1 << 21
+"""Weights that are decoded at once."""
 
 _PART = 1 << 18
 """Weights for which another thread is worth while."""
@@ -61,6 +63,11 @@ class PackedMatrix(nn.Module):
     def whole_blocks(self) -> bool:
         """Whether no block lies in two rows, so that rows can be multiplied in the rotated domain."""
         return self.shape[1] % BLOCK == 0
+
+    @property
+    def step(self) -> int:
+        """How many rows to ask for at once."""
+        return max(1, _STEP // self.shape[1])
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """(stop - start, columns): the same bits as the loader gives, rounded once to `dtype`."""
@@ -134,14 +141,10 @@ def _decode_on_cpu(
         if rotated:
             scaled_levels(rotated_code, tag, packed[part], halves[part], items[part].reshape(-1))
         else:
-            full(packed[part].tobytes(), halves[part].view(np.float16), items[part].reshape(-1))
+            full(packed[part].reshape(-1).data, halves[part].view(np.float16), items[part].reshape(-1))
 
-    step = max(_PART // BLOCK, -(-len(scales) // default_workers()))
-    parts = [slice(start, min(start + step, len(scales))) for start in range(0, len(scales), step)]
-    if len(parts) == 1:
-        decode(parts[0])
-    else:
-        list(_pool(os.getpid()).map(decode, parts))
+    step = max(_PART // BLOCK, -(-len(scales) // workers()))
+    run_all([partial(decode, slice(start, start + step)) for start in range(0, len(scales), step)])
     return result.to(dtype)
 
 
@@ -150,23 +153,27 @@ def _(codes, scales, levels, signs, exponent, dtype, rotated):  # type: ignore[n
     return torch.empty((len(scales), BLOCK), dtype=dtype, device=codes.device)
 
 
-@cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Threads of this process: those of a parent do not live on in its fork."""
-    return ThreadPoolExecutor(default_workers(), "hlwq")
+Packed = PackedMatrix | PackedTrellis
 
 
-def packed_bytes(reader: Reader, tensor: md.Tensor) -> int | None:
-    """The memory that a tensor takes as a PackedMatrix, or None when it cannot be one."""
-    if isinstance(tensor, md.ScalarTensor) and len(tensor.shape) == 2 and numel(tensor.shape) > 0:
-        return sum(md.raw_length(section) for section in tensor.sections)
+def packed_bytes(tensor: md.Tensor) -> int | None:
+    """The memory that a tensor takes packed, or None when it cannot stay so: a matrix, or a stack of matrices."""
+    if len(tensor.shape) not in (2, 3) or numel(tensor.shape) == 0:
+        return None
+    if isinstance(tensor, md.TrellisTensor):
+        return trellis_bytes(tensor)
+    if isinstance(tensor, md.ScalarTensor):
+        return sum(scalar_lengths(numel(tensor.shape), tensor.bits).values()) + BLOCK
     return None
 
 
-def read_packed(reader: Reader, tensor: md.Tensor, dtype: torch.dtype, device: torch.device) -> PackedMatrix:
-    """A tensor of which `packed_bytes` is not None, verified."""
+def read_packed(reader: Reader, tensor: md.Tensor, dtype: torch.dtype, device: torch.device) -> Packed:
+    """A tensor of which `packed_bytes` is not None, verified; a stack of matrices as one with all their rows."""
+    shape = numel(tensor.shape[:-1]), tensor.shape[-1]
+    if isinstance(tensor, md.TrellisTensor):
+        return read_trellis(reader, tensor, shape, dtype)
     assert isinstance(tensor, md.ScalarTensor)
-    matrix = PackedMatrix((tensor.shape[0], tensor.shape[1]), scalar_code(reader, tensor), dtype, device)
+    matrix = PackedMatrix(shape, scalar_code(reader, tensor), dtype, device)
     for chunk in code_chunks(reader, tensor):
         block = slice(chunk.start // BLOCK, chunk.start // BLOCK + len(chunk.scales))
         matrix.codes[block] = torch.frombuffer(bytearray(chunk.packed), dtype=torch.uint8).reshape(-1, 16 * tensor.bits)
