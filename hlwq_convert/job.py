@@ -93,8 +93,10 @@ def prepare_all(
         choices = [plan(source.tensors, combined, len(sets)) for combined in recipes]
     for chosen in choices:
         _check_metadata_fits(source, chosen)
-    warnings = source.model.warnings
-    return [Job(source, *each[:2], list(warnings), each[2]) for each in zip(recipes, choices, targets, strict=True)]
+    return [
+        Job(source, combined, chosen, list(source.model.warnings), target)
+        for combined, chosen, target in zip(recipes, choices, targets, strict=True)
+    ]
 
 
 def _check_metadata_fits(source: Source, choices: dict[str, Choice]) -> None:
