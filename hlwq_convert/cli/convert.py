@@ -39,7 +39,7 @@ from .common import ProgressLine, common_options, ignore_signals, print_json, pr
     "--effort",
     type=click.Choice(["fast", "default", "best"]),
     default="default",
-    help="How long to search: for block scales, or through a trellis of 8, 32 or 256 states.",
+    help="How long to search: for block scales, or through a trellis of 8, 32 or 256 states; best compresses codes.",
 )
 @click.option("--workers", "-j", type=click.IntRange(1), help="Threads.  [default: the CPUs this process may use]")
 @click.option("--device", default="cpu", metavar="DEVICE", help="cpu, cuda (all GPUs) or cuda:N; the same bytes.")
