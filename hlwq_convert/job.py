@@ -21,6 +21,7 @@ from .source import Source, open_source
 from .target import Target, make_target
 
 _MANY = 50_000
+_CODED = 150  # bytes that the entry of compressed codes takes more, but for large tensors
 
 
 class Options(TypedDict, total=False):
@@ -92,18 +93,19 @@ def prepare_all(
     else:
         choices = [plan(source.tensors, combined, len(sets)) for combined in recipes]
     for chosen in choices:
-        _check_metadata_fits(source, chosen)
+        _check_metadata_fits(source, chosen, _CODED if effort == "best" else 0)
     return [
         Job(source, combined, chosen, list(source.model.warnings), target)
         for combined, chosen, target in zip(recipes, choices, targets, strict=True)
     ]
 
 
-def _check_metadata_fits(source: Source, choices: dict[str, Choice]) -> None:
-    """Refuse now what could be refused only after hours: more tensors than the metadata can describe."""
+def _check_metadata_fits(source: Source, choices: dict[str, Choice], more: int) -> None:
+    """Refuse now what could be refused only after hours: more tensors than the metadata can describe, `more` bytes
+    each than a placeholder takes."""
     if len(source.tensors) < _MANY:
         return
-    size = sum(len(md.encode(placeholder(tensor, choices[tensor.name]))) + 1 for tensor in source.tensors)
+    size = sum(len(md.encode(placeholder(tensor, choices[tensor.name]))) + 1 + more for tensor in source.tensors)
     if size > MAX_METADATA - _MANY:
         raise BadModelDir(
             f"{len(source.tensors)} tensors need about {size} bytes of metadata, a file can hold {MAX_METADATA}",

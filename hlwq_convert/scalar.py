@@ -24,8 +24,8 @@ PENALTIES = {3: 0.0069, 4: 0.00285, 5: 0.00075, 6: 0.000192, 7: 0.000049}
 """Width -> what "best" takes a coordinate of a square level of 1 to cost, in units of the block's mean square.
 
 Codes of large levels are rare, so take more bits: with levels fitted to N(0, 1), -log2 of their frequency is about
-.48 level**2 and a constant. Each penalty is .3 (.2 at 3 bits) of the error at that width: more would save more bytes
-than it adds error, but the error would be above that of the default search (spec/decisions/0011).
+.48 level**2 and a constant. Each penalty is .3 (.2 at 3 bits) of the error at that width: more would save more than it
+costs, but the error would be above that of the default search (spec/decisions/0011). At 2 and 8 bits none pays.
 """
 
 Effort = str

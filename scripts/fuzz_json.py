@@ -21,8 +21,8 @@ TEXTS = [
     "a/b", "a//b", "../a", "/a", "a\\b", "CON", "nul.txt", "a.", "a ", "é", "e\u0301", "\x80", "\u2028", "\u202e",
     "\x1b[1m", "\n", "\0", "\x7f", "\U0001d54a", "ﬀ", "K", "x" * 255, "x" * 256, "x" * 513, "é" * 257, "a/a/a/a/a",
     "F128", "u8", "__metadata__", "__class__", "dtype", "shape", "data_offsets", "weight_map", "sections", "zstd",
-    "frames", "notes", "model-00001-of-00002.safetensors", "x.safetensors", "y.safetensors", "link.safetensors",
-    "CON.safetensors", "a:b.safetensors", "../x", "sub/", ".safetensors", "0" * 64,
+    "zstd_codes", "frames", "notes", "model-00001-of-00002.safetensors", "x.safetensors", "y.safetensors",
+    "link.safetensors", "CON.safetensors", "a:b.safetensors", "../x", "sub/", ".safetensors", "0" * 64,
 ]  # fmt: skip
 ODD: list[Any] = [None, True, False, 0.0, -0.0, 1.5, 1e300, "", [], {}, [[]], [0], {"a": 0}, [0, 0], ["a"]]
 SPELLINGS = [b"\\ud800", b"\\u0041", b"\\u0000", b"\\/", b"\\n", b" ", b"\n", b"\t", b"\xff", b"\xed\xa0\x80",

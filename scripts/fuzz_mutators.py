@@ -12,10 +12,12 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+import numpy as np
 import zstandard
 from fuzz_json import NUMBERS, Plain, canonical, change_json, change_text, decoded, in_order, json_text, steps
 from vectors_bad import FIELDS, ZSTD_MAGIC, align, layout, make_header, sha256
 
+from hlwq_formats.bitpack import pack
 from hlwq_formats.dtypes import ITEM_BITS
 from hlwq_formats.layout import scalar_lengths
 
@@ -84,7 +86,7 @@ def fill(document: dict[str, Any], blobs: list[bytes]) -> None:
                 continue
             for section in tensor["sections"]:
                 size, i = wanted[section["kind"]], by_entry[id(section)]
-                if size <= MAX_FILLED and len(blobs[i]) != size:
+                if size <= MAX_FILLED and len(blobs[i]) != size and "zstd_codes" not in section:
                     blobs[i] = filled(section["kind"], blobs[i], size)
         except (KeyError, TypeError, ValueError, IndexError):
             continue  # not a tensor any more
@@ -102,14 +104,17 @@ def restate(document: dict[str, Any], blobs: list[bytes]) -> None:
     for section, blob in zip(sections_of(document), blobs, strict=False):
         before = section.get("sha256")
         section["length"], section["sha256"] = len(blob), sha256(blob)
-        packing = section.get("zstd")
+        packing = section.get("zstd", section.get("zstd_codes"))
         if isinstance(packing, dict) and blob[:4] == ZSTD_MAGIC and before != section["sha256"]:
             frames = packing.get("frames")
             if not isinstance(frames, list) or len(frames) < 2:
                 frames = packing["frames"] = [len(blob)]
             try:
                 raw = b"".join(inflated(blob, frames))
-            except (zstandard.ZstdError, ValueError, TypeError):
+                if packing is section.get("zstd_codes"):
+                    width = packing["raw_length"] * 8 // len(raw)
+                    raw = pack(np.frombuffer(raw, np.uint8) & np.uint8((1 << width) - 1), width)
+            except (zstandard.ZstdError, ValueError, TypeError, KeyError, ArithmeticError):
                 continue
             packing["raw_length"], packing["raw_sha256"] = len(raw), sha256(raw)
 

@@ -39,7 +39,7 @@ from hlwq_convert.decode import decode_quantized, get_numpy
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import ITEM_BITS, NUMPY
 from hlwq_formats.errors import MAX_MESSAGE, BadData, BadDigest, BadFrames, HlwqError, UnsupportedDtype
-from hlwq_formats.layout import numel
+from hlwq_formats.layout import MINOR, numel
 from hlwq_formats.reader import Reader
 from hlwq_formats.safetensors_dir import ModelDir
 from hlwq_formats.sections import unpack_section
@@ -121,7 +121,7 @@ def read_container(data: bytes) -> None:
 
 def read_metadata(data: bytes) -> None:
     """Decode and check a metadata document, as that of this minor version or of the next one."""
-    document = md.decode_canonical(data, md.Metadata, zlib.crc32(data) & 1, "metadata")
+    document = md.decode_canonical(data, md.Metadata, MINOR + (zlib.crc32(data) & 1), "metadata")
     validate(document, md.incompat_of(document), "metadata")
     require(md.encode(document) == data, "there is one way to write a document")
     md.content_id(document)

@@ -20,7 +20,7 @@ from hlwq_convert.normal_levels import normal_levels  # noqa: E402
 from hlwq_convert.quantize import ScalarCode, choose_exponent  # noqa: E402
 from hlwq_convert.rotate import sign_vector  # noqa: E402
 from hlwq_convert.runtime.launch import ROWS, DeviceCode, DeviceEncoder, find_cells  # noqa: E402
-from hlwq_convert.scalar import EFFORTS, nearest_level  # noqa: E402
+from hlwq_convert.scalar import nearest_level  # noqa: E402
 from hlwq_formats.dtypes import BIT_PATTERNS, ITEM_BITS, WEIGHT_DTYPES, narrow  # noqa: E402
 
 # the interpreter computes a value that is too large for float16 as NumPy does, with a warning
@@ -84,7 +84,8 @@ def weights_for(rng: np.random.Generator, n_blocks: int) -> Floats:
     return np.clip(blocks, -60000, 60000).astype(np.float32)
 
 
-CASES = [(bits, WEIGHT_DTYPES[bits % 3], effort, "normal") for bits in range(2, 9) for effort in EFFORTS]
+CASES = [(bits, WEIGHT_DTYPES[bits % 3], effort, "normal") for bits in range(2, 9) for effort in ("default", "fast")]
+CASES += [(bits, "BF16", "best", "normal") for bits in ((2, 3, 5, 8) if ON_GPU else (3,))]  # minutes in the interpreter
 CASES += [(5, dtype, "default", "normal") for dtype in WEIGHT_DTYPES]
 CASES += [(3, "F32", "default", "uneven"), (5, "BF16", "default", "bunched"), (8, "F16", "fast", "bunched")]
 

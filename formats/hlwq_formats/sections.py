@@ -50,7 +50,7 @@ def compress_codes(codes: NDArray[np.uint8]) -> bytes:
     """One frame of up to 2**20 codes, a byte each.
 
     The parameters are those of zstd level 1, but for a search that finds next to no matches: in codes all matches are
-    false, and cost 21 % at 2 bits and 2 % at 3 (spec/decisions/0011).
+    false, and cost a sixth at 2 bits and 3 % at 3 (spec/decisions/0011).
     """
     parameters = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, write_checksum=False)
     return zstandard.ZstdCompressor(compression_params=parameters).compress(codes.data)
