@@ -89,7 +89,7 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     code = "from hlwq_convert.cli.eval import main; main()"
     command = [sys.executable, "-c", code, *arguments]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=one_thread)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
 
 
 # --- the figures ----------------------------------------------------------------------------------
