@@ -70,10 +70,10 @@ def _of_trellis(reader: Reader, entry: md.TrellisTensor, weights: NDArray[np.flo
     starts = [first * BLOCK for first in sample_groups(count_blocks(n))]
     places = np.concatenate([np.arange(start, min(start + GROUP * BLOCK, n)) for start in starts])
     units = (code.unit.astype(np.float64) * scale_values(code.row_scales))[places // code.row]
-    blocks = to_blocks(np.divide(weights, units, out=np.zeros(len(weights)), where=units > 0).astype(np.float32))
-    blocks = blocks[blocks.any(axis=1)]
-    rms = math.sqrt(np.square(blocks, dtype=np.float64).mean()) if blocks.size else 1.0
-    blocks *= np.float32(1 / rms)
+    values = np.divide(weights, units, out=np.zeros(len(weights)), where=units > 0)
+    alive = to_blocks(weights).any(axis=1)
+    rms = math.sqrt(np.square(values).sum() / max(alive.sum() * BLOCK, 1)) or 1.0
+    blocks = to_blocks((values / rms).astype(np.float32))[alive]
     before, _ = count(blocks)
     after, _ = count(fwht(blocks * code.signs) * np.float32(INVERSE_ROOT))
     step = math.sqrt(BLOCK) / rms  # the transform of the indices makes a block that much larger

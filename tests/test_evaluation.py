@@ -237,8 +237,8 @@ def test_labels_cover_neither_points_nor_each_other() -> None:
 
 def test_a_label_with_room_stands_to_the_right_and_above_and_one_without_stays_inside() -> None:
     frame = Box(0, 0, 100, 100)
-    assert place_labels([(50, 50)], [(20, 10)], [], frame) == [Box(55, 55, 75, 65)]
-    assert place_labels([(95, 95)], [(20, 10)], [], frame) == [Box(70, 80, 90, 90)]
+    assert place_labels([(50, 50)], [(20, 10)], [], frame) == [Box(59, 59, 79, 69)]
+    assert place_labels([(95, 95)], [(20, 10)], [], frame) == [Box(66, 90, 86, 100)]
 
 
 # --- sensitivities --------------------------------------------------------------------------------

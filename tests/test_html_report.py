@@ -80,7 +80,7 @@ def test_the_policy_allows_its_own_style_and_script_alone() -> None:
 
 
 def test_the_page_names_no_address() -> None:
-    page = make_page(inspection([quantized("w")]), []).decode()
+    page = re.sub(r"'sha256-[^']*'", "", make_page(inspection([quantized("w")]), []).decode())  # base64 may have //
     assert re.findall(r"(?:https?:)?//[a-z][^\s\"')]*", page) == ["http://www.w3.org/2000/svg"]  # a name, never asked
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import rich_click as click
@@ -28,7 +29,7 @@ from .common import ProgressLine, common_options, print_json, print_warnings, ru
     help="What torch computes in; bfloat16 takes half the memory and adds noise of its own.",
 )
 @click.option("--peers", is_flag=True, help="Also measure bitsandbytes NF4, torchao int4 and HQQ on the same source.")
-@click.option("--tasks", metavar="LIST", help="Tasks of lm-eval, with commas between; each model answers all of them.")
+@click.option("--tasks", metavar="LIST", help="Tasks of lm-eval, names or YAML files, with commas between.")
 @click.option("--chart", metavar="PNG", type=click.Path(), help="Draw divergence against bits a weight.")
 @click.option(
     "--sensitivity",
@@ -56,11 +57,9 @@ def command(
 
         # a measurement is continued, so it may exist
         check_destination(chart or sensitivity or "", overwrite=overwrite or sensitivity is not None)
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise MissingInput(f"{error.name} is not installed", hint='pip install "hlwq-convert[eval]"') from None
+    packages = {"torch": "eval", "transformers": "eval"}
+    packages |= ({"matplotlib": "eval"} if chart else {}) | ({"lm_eval": "tasks"} if tasks else {})
+    _check_inputs(files, packages)
     from ..runtime.evaluate import evaluate, prepare_ground
 
     with ProgressLine(quiet=quiet) as hashing, ProgressLine(quiet=quiet, unit="tokens") as progress:
@@ -95,6 +94,17 @@ def _check(
         raise Usage("--sensitivity takes at most one FILE and no --peers, --tasks or --chart")
     if sensitivity is None and not files and not peers:
         raise Usage("there is nothing to measure", hint="give a FILE, --peers or --sensitivity")
+
+
+def _check_inputs(files: tuple[str, ...], packages: dict[str, str]) -> None:
+    """Find out before the source takes its minutes what is missing: files, and packages (with the extra of each)."""
+    from hlwq_formats.reader import Reader
+
+    for package, extra in packages.items():
+        if find_spec(package) is None:
+            raise MissingInput(f"{package} is not installed", hint=f'pip install "hlwq-convert[{extra}]"')
+    for file in files:
+        Reader(file).close()
 
 
 def _measure_sensitivity(

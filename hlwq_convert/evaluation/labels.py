@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_DISTANCES = (5, 12, 22, 34, 48)
-_SIDES = ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
+_DISTANCES = (9, 16, 26, 38, 52)
+_SIDES = ((1, 1), (1, 0), (1, -1), (-1, 1), (-1, 0), (-1, -1), (0, 1), (0, -1))
 """Where a label may stand, seen from its point, best first."""
 _OUTSIDE = 10.0
 """How much worse it is to leave the frame than to cover something."""
