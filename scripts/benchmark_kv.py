@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +31,6 @@ from hlwq_convert.scalar import GAINS
 
 SCRIPTS = Path(__file__).parent
 FIRST_SCORED = 1024
-PROMPT = 2048
 WINDOW = 128
 TABLES = ("memory", "closeness", "speed", "perplexity", "mixed", "prompt", "search")
 MIXED = ((4, 3), (3, 4), (4, 2), (2, 4), (3, 2), (2, 3))
@@ -75,23 +73,21 @@ def cache_bytes(value: Any) -> int:
 
 
 @torch.inference_mode()
-def read_text(
-    net: Any,
-    ids: torch.Tensor,
-    bits: int | tuple[int, int] | None,
-    at_once: int = FLUSH,
-    first_scored: int = FIRST_SCORED,
-) -> tuple[float, Any]:
-    """Perplexity of the tokens from `first_scored` on, the text given in pieces of FLUSH after one of `at_once`; and
-    the filled cache."""
-    cache, losses = make_cache(net.config, bits), []
-    for start, end in pairwise([0, *range(at_once, ids.shape[1], FLUSH), ids.shape[1]]):
-        logits = net(ids[:, start:end], past_key_values=cache).logits[0]
-        targets = ids[0, start + 1 : end + 1]
-        skip = max(0, first_scored - 1 - start)
-        logits, targets = logits[skip : len(targets)].float(), targets[skip:]
-        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
-    return float(torch.cat(losses).mean().exp()), cache
+def score(net: Any, ids: torch.Tensor, cache: Any, start: int) -> float:
+    """Perplexity of the tokens from FIRST_SCORED on, in pieces of FLUSH; those before `start` are in the cache."""
+    losses = []
+    for begin in range(start, ids.shape[1], FLUSH):
+        logits = net(ids[:, begin : begin + FLUSH], past_key_values=cache).logits[0].float()
+        targets = ids[0, begin + 1 : begin + 1 + FLUSH]
+        loss = torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="none")
+        losses.append(loss[max(0, FIRST_SCORED - 1 - begin) :])
+    return float(torch.cat(losses).mean().exp())
+
+
+def read_text(net: Any, ids: torch.Tensor, bits: int | tuple[int, int] | None) -> tuple[float, Any]:
+    """Perplexity of the text, given in pieces; and the filled cache."""
+    cache = make_cache(net.config, bits)
+    return score(net, ids, cache, 0), cache
 
 
 def fill(config: Any, dense: DynamicCache, bits: int | None, context: int) -> Any:
@@ -160,16 +156,16 @@ def speed_rows(net: Any, dense: DynamicCache, contexts: list[int], rounds: int, 
 
 @torch.inference_mode()
 def prompt_rows(net: Any, ids: torch.Tensor) -> list[list[str]]:
-    """A prompt of PROMPT tokens at once and in pieces: seconds of the CPU, and perplexity of what follows it."""
+    """A prompt of FIRST_SCORED tokens at once and in pieces: seconds of the CPU, and perplexity of what follows it."""
     rows = []
     for bits in (None, 3):
-        for size in (PROMPT, FLUSH):
+        for size in (FIRST_SCORED, FLUSH):
             began, cache = time.process_time(), make_cache(net.config, bits)
-            for piece in ids[:, :PROMPT].split(size, dim=1):
+            for piece in ids[:, :FIRST_SCORED].split(size, dim=1):
                 net(piece, past_key_values=cache, logits_to_keep=1)
             seconds = time.process_time() - began
-            found = read_text(net, ids, bits, size, PROMPT)[0]
-            rows.append([name_of(bits), "at once" if size == PROMPT else "in pieces", f"{seconds:.1f}", f"{found:.3f}"])
+            way = "in pieces" if size == FLUSH else "at once"
+            rows.append([name_of(bits), way, f"{seconds:.1f}", f"{score(net, ids, cache, FIRST_SCORED):.3f}"])
     return rows
 
 
@@ -265,8 +261,8 @@ def main() -> None:
         head = ["context", "cache", "tokens a second", "of dense", "ms a token more"]
         contexts = [context for context in options.contexts if context <= count]
         show("Decoding one by one", head, speed_rows(net, dense, contexts, options.rounds, steps=4))
-    if "prompt" in options.tables and count > PROMPT:
-        title = f"A prompt of {PROMPT:,} tokens, and perplexity of those to {count:,}"
+    if "prompt" in options.tables:
+        title = f"A prompt of {FIRST_SCORED:,} tokens, and perplexity of those to {count:,}"
         show(title, ["cache", "prompt", "CPU seconds", "perplexity"], prompt_rows(net, ids))
     if "search" in options.tables:
         head = ["scales at 3 bits", "squared error", "perplexity", "us of coding a token"]
