@@ -1,6 +1,6 @@
 """Measure the quantized key-value cache on SmolLM2: bytes a token, closeness, perplexity, and tokens a second.
 
-    python scripts/benchmark_kv.py [--model-dir DIR] [--text FILE] [--tokens N] [--json FILE]
+    python scripts/benchmark_kv.py [--model-dir DIR] [--text FILE] [--tokens N] [--tables NAME ...] [--json FILE]
 
 Everything is measured outside the window that the cache keeps unquantized: the text goes through the model in pieces
 of 64 tokens, each of which sees what is older than 128 to 191 tokens as it was coded, and perplexity counts only
@@ -24,12 +24,15 @@ from benchmark_report import machine, table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import hlwq_convert as h
+from hlwq_convert.runtime import kv_cache, kv_codec
 from hlwq_convert.runtime.kv_cache import BITS, FLUSH, QuantizedLayer, QuantizedStates
 from hlwq_convert.runtime.kv_codec import decode, encode
+from hlwq_convert.scalar import GAINS
 
 SCRIPTS = Path(__file__).parent
 FIRST_SCORED = 1024
 WINDOW = 128
+TABLES = ("memory", "closeness", "speed", "perplexity", "mixed", "prompt", "search")
 MIXED = ((4, 3), (3, 4), (4, 2), (2, 4), (3, 2), (2, 3))
 """(bits of keys, bits of values) that are measured to see which deserve more."""
 
@@ -70,15 +73,21 @@ def cache_bytes(value: Any) -> int:
 
 
 @torch.inference_mode()
-def read_text(net: Any, ids: torch.Tensor, bits: int | tuple[int, int] | None) -> tuple[float, Any]:
-    """Perplexity of the tokens from FIRST_SCORED on, the text given in pieces of FLUSH; and the filled cache."""
-    cache, losses = make_cache(net.config, bits), []
-    for start in range(0, ids.shape[1], FLUSH):
-        logits = net(ids[:, start : start + FLUSH], past_key_values=cache).logits[0].float()
-        targets = ids[0, start + 1 : start + 1 + FLUSH]
+def score(net: Any, ids: torch.Tensor, cache: Any, start: int) -> float:
+    """Perplexity of the tokens from FIRST_SCORED on, in pieces of FLUSH; those before `start` are in the cache."""
+    losses = []
+    for begin in range(start, ids.shape[1], FLUSH):
+        logits = net(ids[:, begin : begin + FLUSH], past_key_values=cache).logits[0].float()
+        targets = ids[0, begin + 1 : begin + 1 + FLUSH]
         loss = torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="none")
-        losses.append(loss[max(0, FIRST_SCORED - 1 - start) :])
-    return float(torch.cat(losses).mean().exp()), cache
+        losses.append(loss[max(0, FIRST_SCORED - 1 - begin) :])
+    return float(torch.cat(losses).mean().exp())
+
+
+def read_text(net: Any, ids: torch.Tensor, bits: int | tuple[int, int] | None) -> tuple[float, Any]:
+    """Perplexity of the text, given in pieces; and the filled cache."""
+    cache = make_cache(net.config, bits)
+    return score(net, ids, cache, 0), cache
 
 
 def fill(config: Any, dense: DynamicCache, bits: int | None, context: int) -> Any:
@@ -145,6 +154,58 @@ def speed_rows(net: Any, dense: DynamicCache, contexts: list[int], rounds: int, 
     return rows
 
 
+@torch.inference_mode()
+def prompt_rows(net: Any, ids: torch.Tensor) -> list[list[str]]:
+    """A prompt of FIRST_SCORED tokens at once and in pieces: seconds of the CPU, and perplexity of what follows it."""
+    rows = []
+    for bits in (None, 3):
+        for size in (FIRST_SCORED, FLUSH):
+            began, cache = time.process_time(), make_cache(net.config, bits)
+            for piece in ids[:, :FIRST_SCORED].split(size, dim=1):
+                net(piece, past_key_values=cache, logits_to_keep=1)
+            seconds = time.process_time() - began
+            way = "in pieces" if size == FLUSH else "at once"
+            rows.append([name_of(bits), way, f"{seconds:.1f}", f"{score(net, ids, cache, FIRST_SCORED):.3f}"])
+    return rows
+
+
+def encode_with_search(states: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """kv_codec.encode with the search for scales of scalar.encode: to measure, the product has no such thing."""
+    *shape, head_dim = states.shape
+    width, levels = kv_codec.rotation_width(head_dim), kv_codec._levels(bits, states.device)
+    blocks = torch.zeros(width, states.numel() // head_dim)
+    blocks[:head_dim] = states.reshape(-1, head_dim).T
+    rotated = kv_codec._fwht(blocks * kv_codec._signs(width, states.device)[:, None])
+    rms = (rotated * rotated).mean(0).sqrt().clamp_min(1e-30)
+    codes, scale, captured = torch.zeros_like(rotated, dtype=torch.int64), torch.zeros_like(rms), -torch.ones_like(rms)
+    for gain in GAINS:
+        found = torch.bucketize(rotated / (rms * float(gain)), (levels[:-1] + levels[1:]) * 0.5)
+        product, energy = (rotated * levels[found]).sum(0), (levels[found] ** 2).sum(0)
+        better = product * product / energy > captured
+        codes, scale = torch.where(better, found, codes), torch.where(better, product / energy, scale)
+        captured = torch.where(better, product * product / energy, captured)
+    return kv_codec._pack(codes, bits).reshape(*shape, -1), (scale / width).half().reshape(shape)
+
+
+@torch.inference_mode()
+def search_rows(net: Any, ids: torch.Tensor, dense: DynamicCache, bits: int = 3) -> list[list[str]]:
+    """What a search for scales does to keys and values, to perplexity, and to the time of coding."""
+    rows = []
+    for name, way in (("RMS", encode), ("search", encode_with_search)):
+        kv_cache.encode = way  # type: ignore[attr-defined]
+        began, figures = time.process_time(), []
+        coded = [(states, *way(states, bits)) for layer in dense.layers for states in (layer.keys, layer.values)]
+        seconds = time.process_time() - began
+        for states, codes, scales in coded:
+            found = torch.empty_like(states, dtype=torch.float32)
+            decode(codes, scales, bits, found)
+            figures.append(((found - states) ** 2).sum() / (states.float() ** 2).sum())
+        microseconds = f"{1e6 * seconds / dense.get_seq_length():.0f}"
+        rows.append([name, f"{torch.stack(figures).mean():.5f}", f"{read_text(net, ids, bits)[0]:.3f}", microseconds])
+    kv_cache.encode = encode  # type: ignore[attr-defined]
+    return rows
+
+
 def name_of(bits: int | tuple[int, int] | None) -> str:
     """How a table calls a cache."""
     if isinstance(bits, tuple):
@@ -168,7 +229,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=3072, help="of the text; default %(default)s")
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 1024, 2048, 3072], help="to time at")
     parser.add_argument("--rounds", type=int, default=5, help="of timing; default %(default)s")
-    parser.add_argument("--no-mixed", action="store_true", help="leave out keys and values in different bits")
+    parser.add_argument("--tables", nargs="*", choices=TABLES, default=TABLES, help="default: all")
     parser.add_argument("--json", type=Path, help="also write the tables to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -190,15 +251,25 @@ def main() -> None:
         print(table(title, head, rows), flush=True)
 
     perplexity, dense = read_text(net, ids, None)
-    head = ["cache", "MB", "of fp16", "bytes a coded token", "bits a value", "of fp16, coded"]
-    show(f"Memory at {count:,} tokens", head, memory_rows(net.config, dense, count))
-    head = ["cache", "of", "cosine mean", "cosine min", "squared error mean", "squared error worst layer"]
-    show("Closeness of coded tokens", head, closeness_rows(dense))
-    head = ["context", "cache", "tokens a second", "of dense", "ms a token more"]
-    contexts = [context for context in options.contexts if context <= count]
-    show("Decoding one by one", head, speed_rows(net, dense, contexts, options.rounds, steps=4))
+    if "memory" in options.tables:
+        head = ["cache", "MB", "of fp16", "bytes a coded token", "bits a value", "of fp16, coded"]
+        show(f"Memory at {count:,} tokens", head, memory_rows(net.config, dense, count))
+    if "closeness" in options.tables:
+        head = ["cache", "of", "cosine mean", "cosine min", "squared error mean", "squared error worst layer"]
+        show("Closeness of coded tokens", head, closeness_rows(dense))
+    if "speed" in options.tables:
+        head = ["context", "cache", "tokens a second", "of dense", "ms a token more"]
+        contexts = [context for context in options.contexts if context <= count]
+        show("Decoding one by one", head, speed_rows(net, dense, contexts, options.rounds, steps=4))
+    if "prompt" in options.tables:
+        title = f"A prompt of {FIRST_SCORED:,} tokens, and perplexity of those to {count:,}"
+        show(title, ["cache", "prompt", "CPU seconds", "perplexity"], prompt_rows(net, ids))
+    if "search" in options.tables:
+        head = ["scales at 3 bits", "squared error", "perplexity", "us of coding a token"]
+        show("Search for scales", head, search_rows(net, ids, dense))
     rows = [[name_of(None), f"{perplexity:.3f}", ""]]
-    for bits in (*BITS[::-1], *(() if options.no_mixed else MIXED)):
+    more = (*(BITS[::-1] if "perplexity" in options.tables else ()), *(MIXED if "mixed" in options.tables else ()))
+    for bits in more:
         found = read_text(net, ids, bits)[0]
         rows.append([name_of(bits), f"{found:.3f}", f"{100 * (found / perplexity - 1):+.2f} %"])
     show(f"Perplexity of tokens {FIRST_SCORED:,} to {count:,}", ["cache", "perplexity", "of dense"], rows)

@@ -200,6 +200,14 @@ def test_a_variable_rate_stays_as_small_as_in_the_file(tmp_path: Path) -> None:
     assert torch.equal(model.lm_head.weight, h.load_state_dict(path)["model.embed_tokens.weight"])
 
 
+@pytest.mark.parametrize("rate", [{"bits": 5}, {"bpw": 8, "effort": "fast"}])
+def test_a_token_that_is_not_in_the_vocabulary(tmp_path: Path, rate: dict[str, Any]) -> None:
+    model, _ = h.load_model(convert(source_model("llama"), tmp_path, **rate), weights="packed")
+    for tokens, message in (([0, 160], "tokens 0 to 160, expected 0 to 159"), ([-1, 3], "tokens -1 to 3")):
+        with pytest.raises(IndexError, match=message):
+            model(torch.tensor([tokens]))
+
+
 def test_a_chunk_that_no_encoder_writes_is_found_when_it_is_used(tmp_path: Path) -> None:
     matrix, _ = packed_and_dense(tmp_path, (700, 1000), None)
     matrix.symbols[int(matrix.offsets[1]) + 5000] ^= 1

@@ -72,6 +72,10 @@ class HlwqEmbedding(_Packed, nn.Embedding):  # type: ignore[override]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(...) indices to (..., embedding_dim)."""
+        if input.device.type == "cpu" and input.numel() and not torch.compiler.is_compiling():
+            lowest, highest = (int(value) for value in input.aminmax())
+            if lowest < 0 or highest >= self.matrix.shape[0]:
+                raise IndexError(f"tokens {lowest} to {highest}, expected 0 to {self.matrix.shape[0] - 1}")
         return self.matrix.take(input.reshape(-1)).reshape(*input.shape, self.matrix.shape[1])
 
 
