@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from hlwq_formats import metadata as md
+from hlwq_formats.cut import remove_replaced
 from hlwq_formats.errors import HlwqError
 from hlwq_formats.layout import scalar_lengths, trellis_lengths
 from hlwq_formats.reader import Reader
+from hlwq_formats.split import plan_parts
 from hlwq_formats.writer import Writer
 
 from .inspection import Inspection, Report, inspect_reader, printable
@@ -23,6 +25,7 @@ from .plan import Choice
 from .resume import Planned, fingerprint, load_earlier, still_good
 from .rotate import SIGN_BYTES
 from .self_check import self_check
+from .sizing import long_parts, planned_metadata, total_bytes
 from .store import Run, write_tensors
 from .survey import MakeEncoder
 from .trellis import row_of
@@ -76,6 +79,9 @@ def assemble(
     total = sum(tensor.length for tensor in source.tensors)
     ahead = 2 * settings.workers
     reserve = _upper_bound(job, planning)
+    if job.split_size is not None:
+        long_parts(_planned_parts(job, planning), job.split_size)  # too many: now, not after hours
+        reserve += min(reserve, job.split_size)  # while it is cut, one part is there twice
     with Writer(out, overwrite=settings.overwrite, reserve=reserve, resume=settings.resume) as writer:
         step = _stepper(progress, "converting", total)
         run = Run(
@@ -106,15 +112,30 @@ def assemble(
             model.check_unchanged()
             inspections = []
 
+            metadata = make_metadata(job, signs, tensors, assets)
+            parts = plan_parts(metadata, job.split_size)
+            warnings = long_parts(parts, job.split_size)
+
             def verify(reader: Reader) -> None:
-                if planning.most is not None and not planning.least <= reader.header.file_len <= planning.most:
-                    raise MissedSize(reader.header.file_len)
+                size = total_bytes(parts)
+                if planning.most is not None and not planning.least <= size <= planning.most:
+                    raise MissedSize(size)
                 self_check(reader, run.checksums, pool, ahead, _stepper(progress, "checking", total))
+                if len(parts) == 1:
+                    look(reader)
+
+            def look(reader: Reader) -> None:
                 inspections.append(inspect_reader(reader))  # here: nothing may fail after the file is published
                 if progress is not None:
                     progress("publishing", 0, 0)
 
-            writer.finish(make_metadata(job, signs, tensors, assets), verify)
+            if len(parts) == 1:
+                writer.finish(metadata, verify)
+            else:
+                writer.finish_parts(metadata, parts, verify, look, _stepper(progress, "splitting", total_bytes(parts)))
+            job.warnings.extend(warnings)
+            if job.split_size is not None:
+                remove_replaced(os.fspath(out), parts)
         except BaseException as error:
             run.stop.set()
             if not isinstance(error, Exception) and (writer.secured or writer.resumed) and not writer.published:
@@ -149,6 +170,11 @@ def _checkpoint(run: Run, journal: Journal) -> None:
     run.writer.flush()
     journal.checkpoint()
     run.writer.secured = True
+
+
+def _planned_parts(job: Job, planning: Planning) -> list[md.Metadata]:
+    """The documents of the parts, as far as they are known before anything is read, without assets."""
+    return plan_parts(planned_metadata(job, planning.choices, planning.aliases, [], planning.symbols), job.split_size)
 
 
 def _upper_bound(job: Job, planning: Planning) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from hlwq_formats.atomic import check_destination
+from hlwq_formats.cut import check_place, remove_leftovers
 from hlwq_formats.errors import CannotCreate, Internal, NoDevice, Usage, escape
 
 from .assembly import MissedSize, Planning, Progress, Settings, assemble
@@ -45,6 +46,7 @@ def convert(
     min_bits: Sequence[str] = (),
     max_bits: Sequence[str] = (),
     sensitivity: str | os.PathLike[str] | None = None,
+    split_size: int | str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     resume: bool = True,
@@ -62,6 +64,9 @@ def convert(
     variable rate that gives this size; `min_bits` and `max_bits` ("REGEX=BITS") bound some of them and `sensitivity`,
     a file, says which matter more.
 
+    A file of over `split_size` bytes ("20GB") is cut into the parts of a set, OUT-00001-of-00003.hlwq and so on; any of
+    them, or their folder, stands for all.
+
     The file appears whole or not at all, and its bytes depend on the model, these options and the versions alone. A
     conversion that was killed or interrupted is continued, unless `resume` is False.
     `device` "cuda" (all GPUs) or "cuda:N" encodes scalar codes on GPUs: the same bytes; needs torch with CUDA.
@@ -69,7 +74,7 @@ def convert(
     """
     job = prepare(
         src, bits, recipe=recipe, sets=sets, effort=effort, bpw=bpw, size=size, min_bits=min_bits, max_bits=max_bits,
-        sensitivity=sensitivity, passthrough=passthrough, allow_extra=allow_extra,
+        sensitivity=sensitivity, split_size=split_size, passthrough=passthrough, allow_extra=allow_extra,
     )  # fmt: skip
     return run(
         job, out, workers=workers, overwrite=overwrite, resume=resume, nonfinite=nonfinite,
@@ -96,7 +101,8 @@ def run(
         raise Usage(f"workers is {escape(str(workers))}, expected 1 or more")
     make_encoder = choose_encoder(device)
     check_output_place(out, job.source, allow_inside_source=allow_inside_source)
-    check_destination(out, overwrite=overwrite)
+    (check_destination if job.split_size is None else check_place)(out, overwrite=overwrite)
+    remove_leftovers(out)
     workers = workers or default_workers()
     settings = Settings(workers, overwrite, resume, nonfinite, make_encoder)
     compile_kernels(job, progress)

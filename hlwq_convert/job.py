@@ -16,20 +16,21 @@ from .plan import Choice, placeholder, plan
 from .recipe import make_recipe
 from .scalar import Effort
 from .source import Source, open_source
-from .target import Target, make_target
+from .target import Target, make_target, parse_size
 
 _MANY = 50_000
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model and what is to become of each of its tensors."""
+    """A model and what is to become of each of its tensors. A file of over `split_size` bytes is to be split."""
 
     source: Source
     recipe: md.Recipe
     choices: dict[str, Choice]
     warnings: list[str]
     target: Target | None = None
+    split_size: int | None = None
 
 
 def prepare(
@@ -44,12 +45,14 @@ def prepare(
     min_bits: Sequence[str] = (),
     max_bits: Sequence[str] = (),
     sensitivity: str | os.PathLike[str] | None = None,
+    split_size: int | str | None = None,
     passthrough: bool = False,
     allow_extra: bool = False,
 ) -> Job:
     """Read the headers of a model and decide how each tensor is stored; reads no weights."""
     sets = [sets] if isinstance(sets, str) else list(sets)
     target = make_target(bpw, size, min_bits, max_bits, sensitivity)
+    limit = None if split_size is None else parse_size(split_size, "--split-size")
     combined = make_recipe(bits, recipe, sets, effort, target)
     if passthrough and (bits is not None or recipe is not None or sets or target is not None):
         raise Usage("--passthrough keeps every tensor as it is: it takes no bits, size, --recipe or --set")
@@ -60,7 +63,7 @@ def prepare(
     else:
         choices = plan(source.tensors, combined, len(sets))
     _check_metadata_fits(source, choices)
-    return Job(source, combined, choices, list(source.model.warnings), target)
+    return Job(source, combined, choices, list(source.model.warnings), target, limit)
 
 
 def _check_metadata_fits(source: Source, choices: dict[str, Choice]) -> None:

@@ -167,7 +167,7 @@ def container(data: bytes, rng: Random, plain: Plain) -> bytes:
         value = rng.choice((rng.randrange(4), 1 << rng.randrange(64), rng.choice(NUMBERS))) % (1 << 8 * min(size, 8))
         header[name] = value if FIELDS[name][0][-1] != "s" else value.to_bytes(size, "little")
     elif rng.random() < 0.1:
-        header["minor"] = 1
+        header["minor"] = rng.randrange(1, 3)
     return layout(text, blobs, gap=bytes(64) if rng.random() < 0.02 else b"", **header)
 
 

@@ -123,8 +123,10 @@ class Parts:
 
     def build(self, **header: Any) -> bytes:
         """The file; keyword arguments overwrite fields of the header."""
-        if any(tensor.get("encoding") == "trellis" for tensor in self.tensors):
-            header = {"minor": 1, "incompat": 2, **header}
+        trellis = any(tensor.get("encoding") == "trellis" for tensor in self.tensors)
+        split = self.document.get("split") is not None
+        if trellis or split:
+            header = {"minor": 2 if split else 1, "incompat": 2 * trellis + 4 * split, **header}
         return layout(canonical(self.document), self.blobs, **header)
 
 
@@ -357,10 +359,24 @@ def schema_faults() -> Iterator[Fault]:
         ("rank-9", "A tensor has 9 dimensions.", "tensors.2.shape", [3, 1, 1, 1, 1, 1, 1, 1, 1]),
         ("tensors-object", "The tensors are an object.", "tensors", {}),
         ("asset-no-section", "An asset has no section.", "assets.0.sections", []),
-        ("split", "A split set is described without its feature bit.", "split",
-         {"set": "0" * 64, "index": 0, "count": 1}),
-    ):  # fmt: skip
+    ):
         yield edited(f"schema-{name}", "BadMetadata", fault, put(path, value))
+
+
+def split_faults() -> Iterator[Fault]:
+    """A part of a split set, by itself."""
+    part: Object = {"count": 3, "index": 0, "set": "0" * 64, "size": 1000}
+    for name, fault, value, header in (
+        ("no-feature", "A split set is described without its feature bit.", part, {"incompat": 0}),
+        ("null", "The feature bit of a split set is set in a whole file.", None, {"minor": 2, "incompat": 4}),
+        ("count-1", "A set has one part.", part | {"count": 1}, {}),
+        ("count-257", "A set has 257 parts.", part | {"count": 257}, {}),
+        ("index", "A part comes after the last one.", part | {"index": 3}, {}),
+        ("size-0", "Parts have at most 0 bytes.", part | {"size": 0}, {}),
+        ("no-size", "The size of parts is left out.", {k: v for k, v in part.items() if k != "size"}, {}),
+        ("assets", "The second part has assets.", part | {"index": 1}, {}),
+    ):
+        yield edited(f"split-{name}", "BadMetadata", fault, put("split", value), **header)
 
 
 def tensor_faults() -> Iterator[Fault]:
@@ -600,7 +616,7 @@ def trellis_faults() -> Iterator[Fault]:
 def bad() -> list[Fault]:
     """All of spec/vectors/bad."""
     groups = (header_faults, layout_faults, json_faults, schema_faults, tensor_faults, asset_faults, frame_faults,
-              value_faults, trellis_faults)  # fmt: skip
+              value_faults, trellis_faults, split_faults)  # fmt: skip
     return [fault for group in groups for fault in group()]
 
 
@@ -608,16 +624,15 @@ def unsupported() -> list[Fault]:
     """All of spec/vectors/unsupported."""
     feature = "UnsupportedFeature"
     changed: list[tuple[str, str, str, Any, int]] = [
-        ("minor-2-key", "Minor version 2 with an unknown key.", "notes", None, 2),
-        ("minor-2-encoding", "Minor version 2 with an unknown encoding.", "tensors.2.encoding", "other", 2),
-        ("minor-2-kind", "Minor version 2 with an unknown kind of section.", "tensors.2.sections.0.kind", "other", 2),
+        ("minor-3-key", "Minor version 3 with an unknown key.", "notes", None, 3),
+        ("minor-3-encoding", "Minor version 3 with an unknown encoding.", "tensors.2.encoding", "other", 3),
+        ("minor-3-kind", "Minor version 3 with an unknown kind of section.", "tensors.2.sections.0.kind", "other", 3),
         ("dtype", "An unknown dtype.", "tensors.2.dtype", "F128", 0),
         ("block-256", "Blocks of 256.", "tensors.0.block", 256, 0),
     ]
     return [
         Fault("major-2", "UnsupportedVersion", "Major version 2.", empty().build(major=2)),
         Fault("incompat-0", feature, "Incompatible feature 0, framed codes.", empty().build(incompat=1)),
-        Fault("incompat-2", feature, "Incompatible feature 2, split set.", empty().build(incompat=4)),
         Fault("incompat-63", feature, "Incompatible feature 63.", empty().build(incompat=1 << 63)),
         *(edited(name, feature, fault, put(path, value), minor=minor) for name, fault, path, value, minor in changed),
     ]

@@ -1,4 +1,4 @@
-"""A second reader of .hlwq 1.1, written from spec/hlwq-v1.md alone; numbers in comments are its sections."""
+"""A second reader of .hlwq 1.2, written from spec/hlwq-v1.md alone; numbers in comments are its sections."""
 
 import hashlib
 import json
@@ -24,11 +24,8 @@ JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=Tru
 # 5.2, 5.3: a range is an integer, a pattern a string, a tuple one of these, [rule, lengths] an array, a dict an object
 COUNT, POSITIVE, BITS, DIGEST = range(2**53), range(1, 2**53), range(2, 9), re.compile("[0-9a-f]{64}")
 TEXT, NAME = re.compile(r"[^\x00-\x1f\x7f]{0,4096}"), re.compile(r"[^\x00-\x1f\x7f]{1,512}")
-PLAIN = {
-    "kind": ("signs", "codes", "levels", "scales", "raw", "frequencies", "symbols", "asset"),
-    "length": COUNT,
-    "sha256": DIGEST,
-}
+KINDS = ("signs", "codes", "levels", "scales", "raw", "frequencies", "symbols", "asset")
+PLAIN = {"kind": KINDS, "length": COUNT, "sha256": DIGEST}
 SECTION = (
     PLAIN,
     PLAIN | {"chunks": [POSITIVE, COUNT]},
@@ -46,8 +43,9 @@ ASSETS = [{"name": NAME, "sections": [SECTION, range(1, 2)]}, range(10001)]
 RECIPE_1_0 = {"bits": (BITS, None), "effort": TEXT, "name": (TEXT, None), "rules": RULES}
 RECIPE = (RECIPE_1_0, RECIPE_1_0 | {"target": TEXT})
 SOURCE = {"files": [{"length": COUNT, "name": NAME}, range(10001)], "repo": (TEXT, None), "revision": (TEXT, None)}
-DOCUMENT = {"assets": ASSETS, "recipe": RECIPE, "signs": (None, PLAIN), "source": SOURCE, "split": None}
+DOCUMENT = {"assets": ASSETS, "recipe": RECIPE, "signs": (None, PLAIN), "source": SOURCE}
 DOCUMENT |= {"tensors": [(RAW, SCALAR, TRELLIS, TENSOR | {"encoding": "alias", "of": NAME}), range(200001)]}
+DOCUMENT |= {"split": (None, {"count": range(2, 257), "index": range(256), "set": DIGEST, "size": POSITIVE})}
 DOCUMENT |= {"tool": {"name": TEXT, "version": TEXT, "zstd": TEXT}}
 
 
@@ -212,7 +210,8 @@ def read(data: bytes) -> dict[str, Any]:
     assert hashlib.sha256(data[meta_off:]).digest() == digest
     meta = json.loads(text := data[meta_off:].decode())  # 5.1
     assert JSON.encode(meta) == text and fits(meta, DOCUMENT)
-    assert incompat == 2 * any(t["encoding"] == "trellis" for t in meta["tensors"])  # 10
+    assert incompat == 2 * any(t["encoding"] == "trellis" for t in meta["tensors"]) + 4 * bool(meta["split"])  # 10
+    assert not (part := meta["split"]) or (part["index"] < part["count"] and not (part["index"] and meta["assets"]))
     signs, tensors, assets = [meta["signs"]] if meta["signs"] else [], meta["tensors"], meta["assets"]
     assert all((s["kind"], s["length"]) == ("signs", 16) for s in signs)
     check_entries(tensors, assets)
@@ -239,4 +238,4 @@ def read(data: bytes) -> dict[str, Any]:
         )
     files = {a["name"]: next(pairs)[1] for a in assets}
     ids = [hashlib.sha256(value).hexdigest() for value in (data[:128], JSON.encode(rows).encode())]
-    return {"tensors": found, "assets": files, "file_id": ids[0], "content_id": ids[1]}
+    return {"tensors": found, "assets": files, "file_id": ids[0], "content_id": ids[1], "rows": rows, "meta": meta}

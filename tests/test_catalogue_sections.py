@@ -143,7 +143,7 @@ FRAMES = [
     bad(61, "plain-but-packed", section(FLAGS, frame(3)), "BadTensor", C, f"{len(frame(3))} bytes; expected raw of 3"),
     bad(61, "packed-but-plain", packed(b"a" * 13), "BadFrames", 'asset "d.txt"', "does not start with the zstd magic"),
     bad(61, "unknown-codec", value("assets.1.sections.0.lz4", {}), "BadMetadata", "unknown field `lz4`"),
-    bad(61, "codec-of-1.2", value("assets.1.sections.0.lz4", {}, minor=2), "UnsupportedFeature", "format 1.2", "lz4"),
+    bad(61, "codec-of-1.3", value("assets.1.sections.0.lz4", {}, minor=3), "UnsupportedFeature", "format 1.3", "lz4"),
     bad(62, "compressed-nothing", [packed(frame(0), 0), value("assets.1.sections.0.zstd.frames", [])], "BadMetadata"),
 ]  # fmt: skip
 

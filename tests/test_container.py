@@ -231,7 +231,7 @@ def test_hostile_numbers_together_are_bad_data(content: bytes, data: st.DataObje
             decode_header(head, size, "x.hlwq")
 
 
-@pytest.mark.parametrize(("bit", "name"), [(0, "framed compression"), (2, "split set"), (63, "unknown")])
+@pytest.mark.parametrize(("bit", "name"), [(0, "framed compression"), (3, "unknown"), (63, "unknown")])
 def test_an_unknown_incompatible_feature_is_unsupported_and_named(
     content: bytes, out: Path, bit: int, name: str
 ) -> None:
@@ -629,7 +629,7 @@ def test_keys_from_a_hostile_file_are_escaped(content: bytes, out: Path, key: st
 
 def test_an_unknown_key_of_a_newer_minor_version_is_unsupported(content: bytes, out: Path) -> None:
     newer = with_metadata(content, lambda d: d[:-1] + b',"turbo":1}')
-    out.write_bytes(with_crc(newer[:10] + struct.pack("<H", 2) + newer[12:128]) + newer[128:])
+    out.write_bytes(with_crc(newer[:10] + struct.pack("<H", 3) + newer[12:128]) + newer[128:])
     with pytest.raises(errors.UnsupportedFeature, match="turbo"):
         Reader(out)
 

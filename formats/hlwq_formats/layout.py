@@ -17,14 +17,15 @@ from .errors import BadHeader, BadLayout, Incomplete, NotHlwq, UnsupportedFeatur
 from .rans import CHUNK
 
 MAGIC = b"HLWQ\r\n\x1a\n"
-MAJOR, MINOR = 1, 1
+MAJOR, MINOR = 1, 2
 HEADER_LEN = 128
 ALIGNMENT = 64
 DATA_OFFSET = HEADER_LEN
 BLOCK = 128
 MAX_METADATA = 64 << 20
 TRELLIS_BIT = 1 << 1
-KNOWN_INCOMPAT = TRELLIS_BIT
+SPLIT_BIT = 1 << 2
+KNOWN_INCOMPAT = TRELLIS_BIT | SPLIT_BIT
 MAX_NUMEL = (1 << 53) - 1
 
 _HEADER = struct.Struct("<8sHHIQQQQQQQ32s20sI")
@@ -98,7 +99,7 @@ def make_header(data_end: int, metadata: bytes, meta_sha256: bytes, incompat: in
         data_len=data_end - DATA_OFFSET,
         file_len=meta_off + len(metadata),
         meta_sha256=meta_sha256,
-        minor=1 if incompat else 0,
+        minor=2 if incompat & SPLIT_BIT else 1 if incompat else 0,
         incompat=incompat,
     )
 

@@ -8,14 +8,14 @@ other number spellings and white space all at once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from .errors import BadMetadata, UnsupportedFeature, escape
-from .layout import BLOCK, MINOR, TRELLIS_BIT
+from .layout import BLOCK, MINOR, SPLIT_BIT, TRELLIS_BIT
 from .strict_json import parse
 
 FRAME = 1 << 20
@@ -26,6 +26,8 @@ MAX_TENSORS = 200_000
 _MAX_COMMAS = 6_000_000  # 200,000 tensors have 5 million
 _MAX_SEARCHED = 1 << 20  # bytes of a document that is looked through for the reason why it is not canonical
 MAX_LISTED = 10_000  # rules, source files and assets
+MAX_PARTS = 256  # all are open at once
+NO_SET = "0" * 64
 SIGNS_LENGTH = BLOCK // 8
 REPORT = "report.json"
 
@@ -156,11 +158,13 @@ class Source(Document):
 
 
 class Split(Document):
-    """This file is part `index` (from 0) of `count`; all parts carry the same `set`."""
+    """This file is part `index` (from 0) of `count`; all parts carry the same `set`, see `set_id`. `size` is the most
+    bytes that a part was to have."""
 
     set: Digest
     index: Count
-    count: Positive
+    count: Annotated[int, Meta(ge=2, le=MAX_PARTS)]
+    size: Positive
 
 
 class Tool(Document):
@@ -249,7 +253,8 @@ def all_sections(metadata: Metadata) -> Iterator[tuple[str, str, Section]]:
 
 def incompat_of(metadata: Metadata) -> int:
     """The feature bits of a file with this document (spec section 10)."""
-    return TRELLIS_BIT if any(isinstance(tensor, TrellisTensor) for tensor in metadata.tensors) else 0
+    trellis = any(isinstance(tensor, TrellisTensor) for tensor in metadata.tensors)
+    return TRELLIS_BIT * trellis | SPLIT_BIT * (metadata.split is not None)
 
 
 def raw_length(section: Section) -> int:
@@ -260,6 +265,15 @@ def raw_length(section: Section) -> int:
 def raw_sha256(section: Section) -> str:
     """SHA-256 of the section's bytes after decompression."""
     return section.sha256 if section.zstd is UNSET else section.zstd.raw_sha256
+
+
+def set_id(parts: Sequence[Metadata]) -> str:
+    """What all parts of a set carry: the SHA-256 of their documents, in order, with zeros where it stands itself."""
+    digest = hashlib.sha256()
+    for part in parts:
+        split = part.split and msgspec.structs.replace(part.split, set=NO_SET)
+        digest.update(encode(msgspec.structs.replace(part, split=split)))
+    return digest.hexdigest()
 
 
 def content_id(metadata: Metadata) -> str:

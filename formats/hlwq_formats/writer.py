@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from . import metadata as md
 from .atomic import AtomicFile
+from .cut import publish_parts
 from .errors import BadData, Internal, SelfCheckFailed, UnsupportedFeature
 from .interrupts import Gate, lift_gates, set_gates, uninterrupted
 from .layout import HEADER_LEN, Header, align, make_header, place_sections
@@ -67,6 +68,7 @@ class Writer:
         self, path: str | os.PathLike[str], *, overwrite: bool = False, reserve: int = 0, resume: bool = False
     ) -> None:
         self._file = AtomicFile(path, overwrite=overwrite)
+        self._overwrite = overwrite
         self._reserve = reserve
         self._resume = resume
         self.part, self.journal = self._file.part, self._file.journal
@@ -131,17 +133,34 @@ class Writer:
 
         A `verify` of one's own must read every section; it may raise SelfCheckFailed.
         """
+        encoded = self._write_and_verify(metadata, verify)
+        self._file.write(0, encoded)
+        self._file.sync()
+        if self._file.read(0, HEADER_LEN) != encoded:
+            raise SelfCheckFailed("the written header does not read back; nothing was published")
+        self._file.publish()
+
+    def finish_parts(
+        self,
+        metadata: md.Metadata,
+        documents: Sequence[md.Metadata],
+        verify: Callable[[Reader], None],
+        ready: Callable[[Reader], None],
+        step: Callable[[int], None],
+    ) -> None:
+        """As `finish`, but publish the file as the parts of a set that `documents` describe; the rest of the arguments
+        are those of `publish_parts`."""
+        self._write_and_verify(metadata, verify)
+        publish_parts(self._file, metadata, documents, ready, step, overwrite=self._overwrite)
+
+    def _write_and_verify(self, metadata: md.Metadata, verify: Callable[[Reader], None]) -> bytes:
         encoded = self._write_metadata(metadata).encode()
         try:
             with Reader(self._file.part, header=encoded) as reader:
                 verify(reader)
         except (BadData, UnsupportedFeature) as error:
             raise SelfCheckFailed(f"the written file does not read back: {error}; nothing was published") from error
-        self._file.write(0, encoded)
-        self._file.sync()
-        if self._file.read(0, HEADER_LEN) != encoded:
-            raise SelfCheckFailed("the written header does not read back; nothing was published")
-        self._file.publish()
+        return encoded
 
     def _write_metadata(self, metadata: md.Metadata) -> Header:
         document = md.encode(metadata)

@@ -30,6 +30,7 @@ from .common import ProgressLine, common_options, ignore_signals, print_json, pr
     "--bpw", type=float, metavar="BITS", help="Bits a weight of the whole file, 1.5 to 8, at a variable rate."
 )
 @click.option("--size", metavar="BYTES", help="Size of the whole file, such as 16.2GB, at a variable rate.")
+@click.option("--split-size", metavar="BYTES", help="Cut a file of over so many bytes, such as 20GB, into parts.")
 @click.option("--min-bits", metavar="REGEX=BITS", multiple=True, help="With --bpw or --size: at least so many bits.")
 @click.option("--max-bits", metavar="REGEX=BITS", multiple=True, help="With --bpw or --size: at most so many bits.")
 @click.option(
@@ -66,6 +67,8 @@ def command(
     allow_inside_source: bool, verify_source: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Convert the Hugging Face model MODEL, a folder or an org/name[@revision] of the Hub, into the file OUTPUT.
+
+    With --split-size what is larger becomes OUTPUT-00001-of-00003.hlwq and so on, without the suffix of OUTPUT.
 
     Matrices are rotated and quantized; norms, biases, routers and other delicate tensors stay as they are.
     """
