@@ -38,6 +38,12 @@ def place_of(name: str) -> tuple[str, int, int] | None:
     return (found[1] + SUFFIX, int(found[2]) - 1, int(found[3])) if found else None
 
 
+def whole_of(name: str) -> str:
+    """The name that the whole has of which a file of this name is a part; any other name is its own."""
+    place = place_of(name)
+    return place[0] if place else name
+
+
 def first_files(names: Iterable[str], whole: str | None = None) -> list[str]:
     """Of the .hlwq files with these names, each that is no part, and the first part there of each set; with `whole`
     only those that it names, as a file or as a set."""
