@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Run
-from models import normal, small_model, small_tensors, write_model
+from models import normal, small_model, write_model
+from power_loss import Recorder, after_power_cuts
 from web import serve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from crash_harness import MODES, Died, Fault, injected, memory_folder, run
 
 import hlwq_convert as h
+from hlwq_convert import journal, store
 from hlwq_convert.inspection import inspect
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadSet, CannotCreate, HlwqError, MissingInput, Usage
@@ -456,8 +460,6 @@ def test_a_death_while_cutting_resumes(source: Path, out: Path, monkeypatch: pyt
     assert run(source, out, AfterSecondCut(), overwrite=False, split_size=SMALL) == "died"
     left = contents(out)
     assert {"o.hlwq.part", "o.hlwq.part.journal"} < left.keys()
-    from hlwq_convert import store
-
     read: list[str] = []
     honest = store._read_piece
 
@@ -473,9 +475,73 @@ def test_a_death_while_cutting_resumes(source: Path, out: Path, monkeypatch: pyt
     assert sorted(contents(out)) == SMALL_NAMES
 
 
-def test_a_full_disk_while_cutting_leaves_nothing(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
+def test_a_power_cut(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names may survive of what is not there, and contents without names: nothing opens but the whole new set."""
+    monkeypatch.setattr(journal, "CHECKPOINT_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        recorder = Recorder(out.parent, patch)
+        new_id = h.convert(source, out, workers=1, split_size=SMALL).file_id
+    new = contents(out)
+    whole = 0
+    for i, state in enumerate(after_power_cuts(recorder.events, {})):
+        clear(out)
+        for name, data in state.items():
+            (out.parent / name).write_bytes(data)
+        found = read_ids(out)
+        assert found <= {new_id}
+        whole += bool(found)
+        if i % 9 == 0:
+            assert h.convert(source, out, workers=1, split_size=SMALL, overwrite=True).file_id == new_id
+            assert contents(out) == new
+    assert whole > 4
 
+
+def test_an_interrupt_while_cutting_leaves_nothing(source: Path, out: Path) -> None:
+    """Nor does one before; where handlers wait, between the names, none comes."""
+    fault = Fault()
+    assert run(source, out, fault, overwrite=False, split_size=SMALL) == "done"
+    new = contents(out)
+    interrupted = 0
+    for i in range(fault.count):
+        clear(out)
+
+        class Interrupt(Fault):
+            def before(self, operation: str) -> None:
+                self.count += 1
+                if self.count == self.at and operation in ("write", "truncate", "reserve", "sync"):
+                    raise KeyboardInterrupt
+
+        with injected(Interrupt(at=i)):
+            journal.CHECKPOINT_SECONDS = 1000.0  # nothing is secured, so nothing is kept
+            try:
+                h.convert(source, out, workers=1, split_size=SMALL)
+            except KeyboardInterrupt:
+                interrupted += 1
+                assert contents(out) in ({}, new), i
+    assert interrupted > 50
+
+
+@pytest.mark.parametrize(("stage", "number", "status"), [("splitting", "SIGINT", 130), ("rename", "SIGTERM", 0)])
+def test_a_signal(source: Path, out: Path, stage: str, number: str, status: int) -> None:
+    code = f"""
+import os, signal, sys
+from hlwq_convert.cli import common, convert
+from hlwq_formats.file_ops import OPS
+def interrupt(name, *_):
+    if name == {stage!r}:
+        os.kill(os.getpid(), signal.{number})
+common.ProgressLine.__call__ = lambda self, *values: interrupt(*values)
+OPS.before = interrupt
+convert.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, source, out, "--split-size", str(SMALL)], capture_output=True, timeout=120
+    )
+    assert done.returncode == status, done.stderr
+    assert sorted(contents(out)) == (SMALL_NAMES if status == 0 else [])
+
+
+def test_a_full_disk_while_cutting_leaves_nothing(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest, seen = OPS.reserve, []
 
     def reserve(fd: int, size: int) -> None:
@@ -494,4 +560,26 @@ def test_a_full_disk_while_cutting_leaves_nothing(source: Path, out: Path, monke
 def test_names_of_parts() -> None:
     assert part_name("a/b.hlwq", 1, 3) == "a/b-00002-of-00003.hlwq"
     assert part_name("b", 0, 256) == "b-00001-of-00256.hlwq"
-    assert len(small_tensors()) == 20
+
+
+@pytest.mark.once
+def test_smollm2(tmp_path: Path) -> None:
+    """A real model in five parts: the same bits by any part as from one file, and the same model."""
+    model = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hlwq" / "SmolLM2-135M-Instruct"
+    if not (model / "config.json").exists():
+        pytest.skip("SmolLM2 is not here: scripts/demo makes it")
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "set").mkdir()
+    whole = h.convert(model, tmp_path / "whole" / "m.hlwq")
+    found = h.convert(model, tmp_path / "set" / "m.hlwq", split_size="20MB")
+    assert (found.content_id, found.tensors) == (whole.content_id, whole.tensors)
+    parts = sorted((tmp_path / "set").iterdir())
+    assert len(parts) == 5 and all(part.stat().st_size <= 20_000_000 for part in parts)
+    expected = h.load_state_dict(tmp_path / "whole")
+    for name, tensor in h.iter_tensors(parts[3]):
+        assert torch.equal(tensor.view(torch.int16), expected[name].view(torch.int16)), name
+    loaded, tokenizer = h.load_model(parts[1])
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    assert "Paris" in tokenizer.decode(loaded.generate(**inputs, max_new_tokens=2, do_sample=False)[0])

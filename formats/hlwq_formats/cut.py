@@ -90,8 +90,13 @@ def publish_parts(
                 raise SelfCheckFailed("the written header does not read back; nothing was published", file=file.path)
         _publish(whole, files)
     finally:
-        for file in files:
-            file.abandon()
+        _abandon(files)
+
+
+@uninterrupted
+def _abandon(files: list[AtomicFile]) -> None:
+    for file in files:
+        file.abandon()
 
 
 def _cut(
