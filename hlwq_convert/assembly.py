@@ -134,7 +134,7 @@ def assemble(
             else:
                 writer.finish_parts(metadata, parts, verify, look, _stepper(progress, "splitting", total_bytes(parts)))
             job.warnings.extend(warnings)
-            if job.split_size is not None:
+            if job.split_size is not None and settings.overwrite:
                 remove_replaced(os.fspath(out), parts)
         except BaseException as error:
             run.stop.set()

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class OpenFile:
-    """What `hlwq_convert.open` returns: a dict-like view of a file, one tensor at a time."""
+    """What `hlwq_convert.open` returns: a dict-like view of a file, or of a split set by any part or its
+    folder, one tensor at a time."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.reader = open_set(path)

@@ -124,6 +124,13 @@ def inflated(blob: bytes, frames: list[int]) -> list[bytes]:
     return parts
 
 
+def features_of(document: dict[str, Any]) -> int:
+    """The feature bits of a file with this document."""
+    tensors = document.get("tensors")
+    tags = [t.get("encoding") for t in tensors if isinstance(t, dict)] if isinstance(tensors, list) else []
+    return 2 * ("trellis" in tags) + 4 * (document.get("split") is not None)
+
+
 def repair_header(data: bytes) -> bytes:
     """Make lengths, digest and CRC of a header fit to the metadata that it points to, or that can be found."""
     if len(data) < 128:
@@ -160,7 +167,7 @@ def container(data: bytes, rng: Random, plain: Plain) -> bytes:
     text = canonical(document)
     if rng.random() < 0.12:
         text = change_text(text, rng, plain)
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"incompat": features_of(document)} if rng.random() < 0.9 else {}
     if rng.random() < 0.1:
         name = rng.choice(list(FIELDS))
         size = struct.calcsize(FIELDS[name][0])

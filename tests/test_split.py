@@ -338,6 +338,20 @@ def test_a_set_is_replaced_when_that_is_asked_for(model: Path, copy: list[Path],
         assert inspect(out).file_id == found.file_id
 
 
+@pytest.mark.parametrize("name", ["m.hlwq", "m-00001-of-00009.hlwq", names()[1]])
+def test_what_appears_meanwhile_is_left_alone(model: Path, tmp_path: Path, name: str) -> None:
+    dear = tmp_path / name
+
+    class Appears(Fault):
+        def before(self, operation: str) -> None:
+            if operation == "reserve":
+                dear.write_bytes(b"dear")
+
+    assert run(model, tmp_path / "m.hlwq", Appears(), overwrite=False, split_size=LIMIT) == "CannotCreate"
+    assert list(tmp_path.iterdir()) == [dear]
+    assert dear.read_bytes() == b"dear"
+
+
 def test_other_names_are_left_alone(model: Path, copy: list[Path]) -> None:
     near = ["mm-00001-of-00002.hlwq", "m-1-of-2.hlwq", "m-00001-of-00002.hlwq.bak", "m-00001-of-00004.hlwq.part"]
     for name in near:

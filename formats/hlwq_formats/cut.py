@@ -30,7 +30,10 @@ def parts_there(path: str, suffix: str = "") -> list[str]:
     """The parts of sets of this name, the first ones first; with a suffix, what has it behind their names."""
     folder, name = os.path.split(path)
     wanted = name.removesuffix(SUFFIX) + SUFFIX
-    names = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
+    try:
+        names = sorted(os.listdir(folder or "."))
+    except OSError:
+        return []
     places = ((name, place_of(name.removesuffix(suffix))) for name in names if name.endswith(suffix))
     return [os.path.join(folder, name) for name, place in places if place and place[0] == wanted]
 
@@ -88,6 +91,7 @@ def publish_parts(
             file.sync()
             if file.read(0, HEADER_LEN) != header:
                 raise SelfCheckFailed("the written header does not read back; nothing was published", file=file.path)
+        check_place(whole.path, overwrite=overwrite)  # again: it took long
         _publish(whole, files)
     finally:
         _abandon(files)

@@ -40,7 +40,7 @@ def measure_sensitivity(
     """
     with open_set(noise) as reader:
         if problems := other_source(reader, ground.digest):
-            raise NotFromSource(problems[0].removeprefix(f"{noise}: "), file=noise)
+            raise NotFromSource(problems[0].removeprefix(f"{reader.path}: "), file=noise)
         settings = ground.key | {"noise": reader.content_id}
         measured = {} if overwrite else continue_sensitivity(output, settings)
         stored = [t for t in reader.metadata.tensors if not isinstance(t, md.RawTensor | md.AliasTensor)]
