@@ -15,7 +15,7 @@ from hlwq_formats.cut import remove_replaced
 from hlwq_formats.errors import HlwqError
 from hlwq_formats.layout import scalar_lengths, trellis_lengths
 from hlwq_formats.reader import Reader
-from hlwq_formats.split import plan_parts
+from hlwq_formats.split import header_of, plan_parts
 from hlwq_formats.writer import Writer
 
 from .inspection import Inspection, Report, inspect_reader, printable
@@ -80,8 +80,10 @@ def assemble(
     ahead = 2 * settings.workers
     reserve = _upper_bound(job, planning)
     if job.split_size is not None:
-        long_parts(_planned_parts(job, planning), job.split_size)  # too many: now, not after hours
-        reserve += min(reserve, job.split_size)  # while it is cut, one part is there twice
+        planned_parts = _planned_parts(job, planning)
+        long_parts(planned_parts, job.split_size)  # too many: now, not after hours
+        if len(planned_parts) > 1:
+            reserve += max(header_of(part).file_len for part in planned_parts)  # while it is cut, one is there twice
     with Writer(out, overwrite=settings.overwrite, reserve=reserve, resume=settings.resume) as writer:
         step = _stepper(progress, "converting", total)
         run = Run(

@@ -26,6 +26,7 @@ from crash_harness import MODES, Died, Fault, injected, memory_folder, run
 import hlwq_convert as h
 from hlwq_convert import journal, store
 from hlwq_convert.inspection import inspect
+from hlwq_formats import file_set
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadSet, CannotCreate, HlwqError, MissingInput, Usage
 from hlwq_formats.file_ops import OPS
@@ -311,6 +312,35 @@ def test_parts_that_are_no_set(copy: list[Path], model: Path, tmp_path: Path, ru
         h.open(first)
     h.convert(model, third)
     refused(f"{third.name}: a whole file, expected part 3 of a set of 4")
+
+
+def test_limits_are_those_of_one_file(parts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with Reader(parts[0]) as reader:
+        size, count = reader.header.meta_len, len(reader.tensors)
+    monkeypatch.setattr(file_set, "MAX_METADATA", size)
+    with pytest.raises(BadSet, match=f"{parts[1].name}: the metadata of all parts have over {size} bytes"):
+        h.open(parts[1])
+    monkeypatch.undo()
+    monkeypatch.setattr(md, "MAX_TENSORS", 2 * count)
+    with pytest.raises(BadSet, match=f"20 tensors, at most {2 * count} are allowed"):
+        h.open(parts[1])
+
+
+def test_what_is_refused_is_closed(copy: list[Path]) -> None:
+    def opened() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = opened()
+    h.open(copy[1]).close()
+    shutil.copy(copy[2], copy[3])
+    with pytest.raises(BadSet):
+        h.open(copy[0])
+    copy[2].unlink()
+    with pytest.raises(MissingInput):
+        h.open(copy[0])
+    with pytest.raises(BadSet):
+        h.open(copy[3])
+    assert opened() == before
 
 
 def test_a_folder_must_hold_one_thing(copy: list[Path], tmp_path: Path) -> None:
