@@ -75,6 +75,14 @@ def test_a_converted_model_reads_alike(converted: Path) -> None:
                 assert data == decode_quantized(file.reader, tensor).tobytes()
 
 
+def test_a_split_model_reads_alike(model: Path, converted: Path, tmp_path: Path) -> None:
+    h.convert(model, tmp_path / "m.hlwq", split_size=60_000)
+    found, whole = read_set([path.read_bytes() for path in sorted(tmp_path.iterdir())]), read(converted.read_bytes())
+    assert (found["tensors"], found["content_id"]) == (whole["tensors"], whole["content_id"])
+    assert found["assets"] == whole["assets"]
+    assert found["file_id"] == h.inspect(tmp_path).file_id
+
+
 def many(what: str, count: int) -> bytes:
     """A file that lists so many of something: too large to lie among the vectors."""
     parts = empty()
