@@ -10,13 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-import msgspec
-
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import HlwqError
 from hlwq_formats.layout import scalar_lengths, trellis_lengths
 from hlwq_formats.reader import Reader
 from hlwq_formats.safetensors_dir import SourceTensor
+from hlwq_formats.split import header_of, plan_parts
 from hlwq_formats.writer import Writer, Writers
 
 from .duplicates import digest_of
@@ -27,6 +26,7 @@ from .plan import Choice
 from .resume import Digest, Planned, fingerprint, load_earlier, still_good
 from .rotate import SIGN_BYTES
 from .self_check import self_check
+from .sizing import long_parts, planned_metadata, total_bytes
 from .store import Output, Run, write_tensors
 from .survey import MakeEncoder
 from .trellis import row_of
@@ -65,9 +65,12 @@ class Planning:
 
 @dataclass(frozen=True)
 class Made:
-    """A file that is whole but for its name, and what is in it."""
+    """A file that is whole but for its name, or that is yet to be cut into parts, and what is in it."""
 
+    planning: Planning
     writer: Writer
+    metadata: md.Metadata
+    parts: list[md.Metadata]  # the documents of the parts, or its own alone
     inspection: Inspection
 
 
@@ -96,14 +99,14 @@ def assemble(
     total = len(plannings) * sum(tensor.length for tensor in source.tensors)
     run = Run(
         source.model, pool, settings.workers, job.recipe.effort, settings.nonfinite, settings.make_encoder,
-        _stepper(progress, "converting", total),
+        stepper(progress, "converting", total),
     )  # fmt: skip
     stored = [tensor for tensor in source.tensors if tensor.name not in aliases]
     digest = functools.cache(partial(digest_of, source.model))
     outputs: list[Output] = []
     try:
         for planning in plannings:
-            reserve = _upper_bound(planning)
+            reserve = _reserve(planning)
             writer = writers.enter(
                 Writer(planning.path, overwrite=settings.overwrite, reserve=reserve, resume=settings.resume)
             )
@@ -116,7 +119,7 @@ def assemble(
             for output, listed in zip(outputs, assets, strict=True):
                 listed.append(md.Asset(name, [output.writer.write_section("asset", content, compress=True)]))
         source.model.check_unchanged()
-        step = _stepper(progress, "checking", total)
+        step = stepper(progress, "checking", total)
         check = partial(self_check, pool=pool, ahead=ahead, step=step)
         return [_commit(*each, check) for each in zip(plannings, outputs, signs, assets, strict=True)]
     except BaseException as error:
@@ -185,7 +188,8 @@ def _checkpoint(output: Output) -> None:
 def _commit(
     planning: Planning, output: Output, signs: md.Section, assets: list[md.Asset], check: Callable[..., None]
 ) -> Made | Missed:
-    """Write the report and the metadata, check the file, and write its header, unless it missed its size."""
+    """Write the report and the metadata, check the file, and make it ready to be published, unless it missed its
+    size."""
     job, writer, entries = planning.job, output.writer, iter(output.tensors)
     tensors: list[md.Tensor] = [
         md.AliasTensor(t.name, t.dtype, list(t.shape), planning.aliases[t.name])
@@ -195,21 +199,31 @@ def _commit(
     ]
     report = writer.write_section("asset", md.encode(Report(output.report)), compress=True)
     metadata = make_metadata(job, signs, tensors, [*assets, md.Asset(md.REPORT, [report])])
-    results: list[Made | Missed] = []
+    parts = plan_parts(metadata, job.split_size)
+    size = total_bytes(parts)
+    if planning.most is not None and not planning.least <= size <= planning.most:
+        return Missed(writer, size)
+    found: list[Inspection] = []
 
     def verify(reader: Reader) -> None:
-        size = reader.header.file_len
-        if planning.most is not None and not planning.least <= size <= planning.most:
-            results.append(Missed(writer, size))
-            raise _MissedSize
         check(reader, output.checksums)
-        found = inspect_reader(reader)  # here: nothing may fail after the file is published
-        path, warnings = printable(planning.path), job.warnings
-        results.append(Made(writer, msgspec.structs.replace(found, file=path, warnings=warnings)))
+        found.append(inspect_reader(reader))  # here: nothing may fail after the file is published
 
-    with suppress(_MissedSize):
-        writer.commit(metadata, verify)
-    return results[0]
+    (writer.commit if len(parts) == 1 else writer.prepare)(metadata, verify)
+    job.warnings.extend(long_parts(parts, job.split_size))
+    return Made(planning, writer, metadata, parts, found[0])
+
+
+def _reserve(planning: Planning) -> int:
+    """Bytes that the disk must have."""
+    reserve, limit = _upper_bound(planning), planning.job.split_size
+    if limit is None:
+        return reserve
+    planned = planned_metadata(planning.job, planning.choices, planning.aliases, [], planning.symbols)
+    parts = plan_parts(planned, limit)
+    long_parts(parts, limit)  # too many: now, not after hours
+    # while the file is cut, one part is there twice
+    return reserve + (max(header_of(part).file_len for part in parts) if len(parts) > 1 else 0)
 
 
 def _upper_bound(planning: Planning) -> int:
@@ -226,7 +240,8 @@ def _upper_bound(planning: Planning) -> int:
     return total + sum(size for _, size in source.assets)
 
 
-def _stepper(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
+def stepper(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
+    """What reports the progress of a stage, called with the bytes of each step."""
     done = 0
 
     def step(amount: int) -> None:

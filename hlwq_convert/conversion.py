@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, Unpack
 
 from hlwq_formats.atomic import check_destination
+from hlwq_formats.cut import check_place, remove_leftovers
 from hlwq_formats.errors import CannotCreate, Internal, NoDevice, Usage, escape
 from hlwq_formats.writer import Writers
 
@@ -22,6 +23,7 @@ from .job import Job, Options, prepare, prepare_all
 from .ladder import Rung, make_rungs, path_of
 from .parallel import default_workers
 from .plan import Choice
+from .publishing import publish
 from .quantize import EncodedChunk, ScalarCode
 from .sizing import find_steps, weights_of
 from .source import Source
@@ -56,6 +58,9 @@ def convert(
     tensor. With `bpw`, bits a weight of the finished file, or `size`, its bytes ("16.2GB"), tensors are coded at the
     variable rate that gives this size; `min_bits` and `max_bits` ("REGEX=BITS") bound some of them and `sensitivity`,
     a file, says which matter more. `effort` is "fast", "default" or "best".
+
+    A file of over `split_size` bytes ("20GB") is cut into the parts of a set, OUT-00001-of-00003.hlwq and so on; any of
+    them, or their folder, stands for all.
 
     The file appears whole or not at all, and its bytes depend on the model, these options and the versions alone. A
     conversion that was killed or interrupted is continued, unless `resume` is False.
@@ -121,7 +126,8 @@ def run(
     make_encoder = choose_encoder(device)
     for out in outs:
         check_output_place(out, jobs[0].source, allow_inside_source=allow_inside_source)
-        check_destination(out, overwrite=overwrite)
+        (check_destination if jobs[0].split_size is None else check_place)(out, overwrite=overwrite)
+        remove_leftovers(out)
     workers = workers or default_workers()
     settings = Settings(workers, overwrite, resume, nonfinite, make_encoder)
     compile_kernels(jobs, progress)
@@ -131,10 +137,7 @@ def run(
             job.warnings.extend(tie_warnings(job, aliases))
         plannings = [_plan(job, os.fspath(out), aliases) for job, out in zip(jobs, outs, strict=True)]
         made = _make(plannings, settings, pool, writers, progress)
-        if progress is not None:
-            progress("publishing", 0, 0)
-        writers.publish([made[planning.path].writer for planning in plannings])
-    return [made[planning.path].inspection for planning in plannings]
+        return publish([made[planning.path] for planning in plannings], writers, progress, overwrite=overwrite)
 
 
 def _plan(job: Job, path: str, aliases: dict[str, str]) -> Planning:

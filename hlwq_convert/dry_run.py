@@ -6,11 +6,14 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from .inspection import Inspection, Report, describe
+from hlwq_formats.file_set import part_name
+from hlwq_formats.split import header_of, plan_parts
+
+from .inspection import Inspection, Place, Report, describe, describe_split
 from .job import Job
 from .parallel import default_workers
 from .plan import Choice
-from .sizing import find_steps, planned_assets, planned_header, planned_metadata, weights_of
+from .sizing import find_steps, long_parts, planned_assets, planned_metadata, weights_of
 
 
 def dry_run(job: Job, out: str | os.PathLike[str]) -> Inspection:
@@ -31,15 +34,21 @@ def dry_run_all(jobs: Sequence[Job], outs: Sequence[str | os.PathLike[str]]) -> 
 
 def _describe(job: Job, out: str | os.PathLike[str], choices: dict[str, Choice], symbols: dict[str, int]) -> Inspection:
     metadata = planned_metadata(job, choices, {}, planned_assets(job, choices), symbols)
-    header = planned_header(metadata)
-    warnings = list(job.warnings)
+    parts = plan_parts(metadata, job.split_size)
+    headers = [header_of(part) for part in parts]
+    name = os.path.basename(os.fspath(out))
+    warnings = [*job.warnings, *long_parts(parts, job.split_size)]
     if job.recipe.effort == "best" and any(choice.encoding == "scalar" for choice in choices.values()):
         warnings.append("sizes are upper bounds: codes are compressed where that saves 3 %")
     return describe(
         metadata,
         file=os.fspath(out),
-        file_bytes=header.file_len,
-        metadata_bytes=header.meta_len,
+        file_bytes=sum(header.file_len for header in headers),
+        metadata_bytes=sum(header.meta_len for header in headers),
+        minor=max(header.minor for header in headers),
         report=Report([]),
         warnings=warnings,
+        split=describe_split(
+            parts[0].split, [Place(part_name(name, i, len(parts)), h.file_len) for i, h in enumerate(headers)]
+        ),
     )

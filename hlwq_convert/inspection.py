@@ -86,6 +86,13 @@ class Summary(msgspec.Struct, frozen=True):
     coder_loss_bpw: float | None = None
 
 
+class SplitInfo(msgspec.Struct, frozen=True):
+    """The files of a split set and their bytes; `size` is the most that a file was to have."""
+
+    size: int
+    parts: list[Place]
+
+
 class Provenance(msgspec.Struct, frozen=True):
     """Where the file comes from."""
 
@@ -109,6 +116,7 @@ class Inspection(msgspec.Struct, frozen=True):
     tensors: list[TensorInfo]
     summary: Summary
     warnings: list[str]
+    split: SplitInfo | None = None
 
 
 def printable(path: str) -> str:
@@ -117,7 +125,8 @@ def printable(path: str) -> str:
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
-    """Read header, metadata and report of a file: a path, or a URL or ORG/REPO/FILE.hlwq (see remote.find)."""
+    """Read header, metadata and report of a file or a split set: a path, or a URL or ORG/REPO/FILE.hlwq (see
+    remote.find)."""
     from .remote import open_reader  # and with it the standard library's HTTP client
 
     with open_reader(path) as reader:
@@ -150,7 +159,16 @@ def _inspect(reader: Reader, report: Report, warnings: list[str]) -> Inspection:
         content_id=reader.content_id,
         report=report,
         warnings=warnings,
+        split=describe_split(
+            reader.parts[0].metadata.split,
+            [Place(printable(os.path.basename(part.path)), part.header.file_len) for part in reader.parts],
+        ),
     )
+
+
+def describe_split(split: md.Split | None, parts: list[Place]) -> SplitInfo | None:
+    """What an inspection says of the files of a set, nothing for one that is whole."""
+    return None if split is None else SplitInfo(split.size, parts)
 
 
 def _read_report(reader: Reader) -> Report:
@@ -188,19 +206,21 @@ def describe(
     file_id: str | None = None,
     content_id: str | None = None,
     warnings: list[str] | None = None,
+    split: SplitInfo | None = None,
 ) -> Inspection:
     """Put a document and a report together; pure."""
     errors = {entry.name: entry for entry in report.tensors}
     warnings = [*(warnings or []), *_lookalikes([tensor.name for tensor in metadata.tensors])]
     tensors = [_describe_tensor(tensor, errors.get(tensor.name)) for tensor in metadata.tensors]
+    files = 1 if split is None else len(split.parts)
     by_encoding = {
         "scalar": sum(t.bytes for t in tensors if t.encoding == "scalar"),
         "trellis": sum(t.bytes for t in tensors if t.encoding == "trellis"),
         "raw": sum(t.bytes for t in tensors if t.encoding == "raw"),
-        "shared": metadata.signs.length if metadata.signs is not None else 0,
+        "shared": files * metadata.signs.length if metadata.signs is not None else 0,
         "assets": sum(asset.sections[0].length for asset in metadata.assets),
         "metadata": metadata_bytes,
-        "header": HEADER_LEN,
+        "header": files * HEADER_LEN,
     }
     by_encoding["padding"] = file_bytes - sum(by_encoding.values())
     weights = sum(numel(t.shape) for t in tensors if t.encoding != "alias")
@@ -233,6 +253,7 @@ def describe(
         tensors=tensors,
         summary=summary,
         warnings=warnings,
+        split=split,
     )
 
 

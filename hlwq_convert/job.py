@@ -18,7 +18,7 @@ from .plan import Choice, placeholder, plan
 from .recipe import make_recipe
 from .scalar import Effort
 from .source import Source, open_source
-from .target import Target, make_target
+from .target import Target, make_target, parse_size
 
 _MANY = 50_000
 _CODED = 150  # bytes that the entry of compressed codes takes more, but for large tensors
@@ -33,19 +33,21 @@ class Options(TypedDict, total=False):
     min_bits: Sequence[str]  # "REGEX=BITS", with a size
     max_bits: Sequence[str]
     sensitivity: str | os.PathLike[str] | None  # a file, with a size
+    split_size: int | str | None  # bytes, or such as "20GB"
     passthrough: bool
     allow_extra: bool
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model and what is to become of each of its tensors."""
+    """A model and what is to become of each of its tensors. A file of over `split_size` bytes is to be split."""
 
     source: Source
     recipe: md.Recipe
     choices: dict[str, Choice]
     warnings: list[str]
     target: Target | None = None
+    split_size: int | None = None
 
 
 def prepare(
@@ -70,6 +72,7 @@ def prepare_all(
     min_bits: Sequence[str] = (),
     max_bits: Sequence[str] = (),
     sensitivity: str | os.PathLike[str] | None = None,
+    split_size: int | str | None = None,
     passthrough: bool = False,
     allow_extra: bool = False,
 ) -> list[Job]:
@@ -78,6 +81,7 @@ def prepare_all(
     Raises Usage when two of them would make the same file.
     """
     sets = [sets] if isinstance(sets, str) else list(sets)
+    limit = None if split_size is None else parse_size(split_size, "--split-size")
     recipes, targets = list[md.Recipe](), list[Target | None]()
     for rung in rungs:
         targets.append(make_target(rung.bpw, rung.size, min_bits, max_bits, sensitivity))
@@ -95,7 +99,7 @@ def prepare_all(
     for chosen in choices:
         _check_metadata_fits(source, chosen, _CODED if effort == "best" else 0)
     return [
-        Job(source, combined, chosen, list(source.model.warnings), target)
+        Job(source, combined, chosen, list(source.model.warnings), target, limit)
         for combined, chosen, target in zip(recipes, choices, targets, strict=True)
     ]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from numpy.typing import NDArray
 
 from hlwq_formats.errors import Usage, escape
-from hlwq_formats.reader import Reader
+from hlwq_formats.file_set import open_set
 
 from .decode import get_numpy
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class OpenFile:
-    """What `hlwq_convert.open` returns: a dict-like view of a file, one tensor at a time."""
+    """What `hlwq_convert.open` returns: a dict-like view of a file, or of a split set by any part or its
+    folder, one tensor at a time."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.reader = Reader(path)
+        self.reader = open_set(path)
 
     def keys(self) -> list[str]:
         """All tensor names, aliases included, in file order."""

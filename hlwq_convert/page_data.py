@@ -193,6 +193,7 @@ def _lists(inspection: Inspection) -> list[dict[str, Any]]:
     lists: list[tuple[str, list[tuple[str, Any]]]] = [
         ("Rules of the recipe", [(r.match, "raw" if r.bits is None else f"{r.bits} bits") for r in rules]),
         ("Files of the source", [(file.name, file.length) for file in inspection.metadata.source.files]),
+        ("Parts, bytes", [(part.name, part.bytes) for part in (inspection.split.parts if inspection.split else [])]),
         ("Files that travel along, stored bytes", [(asset.name, asset.bytes) for asset in inspection.assets]),
     ]
     return [

@@ -12,9 +12,9 @@ import re
 import threading
 import time
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.message import Message
-from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from hlwq_formats.errors import (
     HlwqError,
@@ -27,6 +27,7 @@ from hlwq_formats.errors import (
     Usage,
     escape,
 )
+from hlwq_formats.file_set import join_parts, open_set
 from hlwq_formats.layout import HEADER_LEN, MAX_METADATA
 from hlwq_formats.reader import Reader
 
@@ -65,9 +66,18 @@ def find(where: str) -> Place | None:
 
 
 def open_reader(where: str | os.PathLike[str]) -> Reader:
-    """A reader of a local file, or of the header, metadata and report of a remote one (see `find`)."""
+    """A reader of a local file, or of the header, metadata and report of a remote one (see `find`); or of a split set,
+    by any part of it."""
     place = find(where) if isinstance(where, str) else None
-    return Reader(where if place is None else HttpFile(place))
+    if place is None:
+        return open_set(where)
+    before, after = urlsplit(place.url), urlsplit(place.url).path.rpartition("/")
+
+    def open_other(name: str) -> Reader:
+        path = f"{after[0]}/{quote(name)}"
+        return Reader(HttpFile(replace(place, url=urlunsplit(before._replace(path=path)))))
+
+    return join_parts(Reader(HttpFile(place)), unquote(after[2]), open_other)
 
 
 def _hub_endpoint() -> str:

@@ -77,6 +77,9 @@ def totals(inspection: Inspection) -> str:
         f"from {escape(origin)}; default {width}, effort {escape(recipe.effort)}, {len(recipe.rules)} rules"
         + (f", recipe {escape(recipe.name)}" if recipe.name else ""),
     ]
+    if inspection.split is not None:
+        names, most = [part.name for part in inspection.split.parts], human_bytes(inspection.split.size)
+        lines.insert(1, f"{len(names)} parts of at most {most}: {escape(names[0])} to {escape(names[-1])}")
     if s.cosine_min is not None:
         lines.insert(
             1,

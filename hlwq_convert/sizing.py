@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from hlwq_formats import metadata as md
-from hlwq_formats.layout import Header, make_header, place_sections
+from hlwq_formats.errors import Usage
 from hlwq_formats.sections import make_section
+from hlwq_formats.split import header_of, plan_parts
 
 from .inspection import Report, TensorReport
 from .job import Job, make_metadata
@@ -46,10 +47,24 @@ def planned_metadata(
     return make_metadata(job, make_section("signs", SIGN_BYTES, compress=False)[0], tensors, assets)
 
 
-def planned_header(metadata: md.Metadata) -> Header:
-    """The header, but for the digest, of a file with this document."""
-    end = place_sections(section.length for _, _, section in md.all_sections(metadata))[1]
-    return make_header(end, md.encode(metadata), bytes(32), md.incompat_of(metadata))
+def total_bytes(parts: list[md.Metadata]) -> int:
+    """Bytes of all files with these documents."""
+    return sum(header_of(part).file_len for part in parts)
+
+
+def long_parts(parts: list[md.Metadata], split_size: int | None) -> list[str]:
+    """A warning for each file that is longer than was asked for; Usage when there are more than a set may have."""
+    if len(parts) > md.MAX_PARTS:
+        least = -(-total_bytes(parts) // (md.MAX_PARTS // 2))
+        raise Usage(
+            f"--split-size {split_size} makes {len(parts)} parts, a set has at most {md.MAX_PARTS}",
+            hint=f"take {least} bytes or more",
+        )
+    return [
+        f"--split-size is {split_size}: part {number} of {len(parts)} takes {length} bytes, and cannot be cut"
+        for number, part in enumerate(parts, 1)
+        if split_size is not None and (length := header_of(part).file_len) > split_size
+    ]
 
 
 def find_steps(
@@ -72,7 +87,7 @@ def find_steps(
 
     def find(job: Job, choices: Choices, wanted: int) -> tuple[Choices, dict[str, int]]:
         def size_of(symbols: dict[str, int]) -> int:
-            return planned_header(planned_metadata(job, choices, aliases, assets, symbols)).file_len
+            return total_bytes(plan_parts(planned_metadata(job, choices, aliases, assets, symbols), job.split_size))
 
         steps, symbols = choose_steps(samples, STATES[job.recipe.effort], wanted, size_of, pool)
         return {name: replace(choice, step=steps.get(name, choice.step)) for name, choice in choices.items()}, symbols

@@ -92,7 +92,7 @@ def make_target(
         raise Usage(f"--bpw is {bpw:g}, expected {LEAST_BPW:g} to {MOST_BPW:g}")
     return Target(
         bpw,
-        None if size is None else _parse_size(size),
+        None if size is None else parse_size(size, "--size"),
         tuple(_parse_bound("--min-bits", rule) for rule in min_bits),
         tuple(_parse_bound("--max-bits", rule) for rule in max_bits),
         *(((), {}) if sensitivity is None else load_sensitivities(sensitivity)),
@@ -100,10 +100,11 @@ def make_target(
     )
 
 
-def _parse_size(size: int | str) -> int:
+def parse_size(size: int | str, option: str) -> int:
+    """Bytes of "16.2GB"; Usage, which names the option, for what is no size or none at all."""
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)", str(size))
     if match is None or match[2] not in _UNITS or not (count := int(float(match[1]) * _UNITS[match[2]])):
-        raise Usage(f"--size is {escape(str(size), 60)}, expected a number with {', '.join(u for u in _UNITS if u)}")
+        raise Usage(f"{option} is {escape(str(size), 60)}, expected a number with {', '.join(u for u in _UNITS if u)}")
     return count
 
 

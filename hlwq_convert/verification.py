@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -54,15 +55,17 @@ def verify(reader: Reader, progress: Callable[[int, int], None]) -> Verification
 
 
 def _tasks(reader: Reader) -> Iterator[Callable[[], tuple[list[Damage], int]]]:
-    if reader.metadata.signs is not None:
-        yield partial(_look, "signs", "", reader.signs, reader.metadata.signs.length)
+    look = partial(_look, len(reader.parts) > 1)
+    for part in reader.parts:
+        if part.metadata.signs is not None:
+            yield partial(look, "signs", "", part.signs, part.metadata.signs.length)
     for tensor in reader.metadata.tensors:
         if not isinstance(tensor, md.AliasTensor):
             size = sum(section.length for section in tensor.sections)
             check = partial(reader.verify_tensor, tensor, partial(_check_symbols, reader))
-            yield partial(_look, "tensor", tensor.name, check, size)
+            yield partial(look, "tensor", tensor.name, check, size)
     for name, asset in reader.assets.items():
-        yield partial(_look, "asset", name, partial(reader.read_asset, name), asset.sections[0].length)
+        yield partial(look, "asset", name, partial(reader.read_asset, name), asset.sections[0].length)
 
 
 def _check_symbols(reader: Reader, tensor: md.TrellisTensor, pairs: NDArray[np.uint16]) -> None:
@@ -70,10 +73,11 @@ def _check_symbols(reader: Reader, tensor: md.TrellisTensor, pairs: NDArray[np.u
         piece.decode(np.empty(piece.count, np.uint16))
 
 
-def _look(kind: str, name: str, look: Callable[[], object], size: int) -> tuple[list[Damage], int]:
+def _look(in_parts: bool, kind: str, name: str, look: Callable[[], object], size: int) -> tuple[list[Damage], int]:
     try:
         look()
     except BadData as error:
         place = "" if error.section is None or kind == "asset" else f"{error.section}@{error.offset or 0:#x}: "
-        return [Damage(kind, name, place + error.problem)], size
+        part = f"{escape(os.path.basename(error.file or ''), 120)}: " if in_parts else ""
+        return [Damage(kind, name, part + place + error.problem)], size
     return [], size

@@ -66,11 +66,11 @@ def injected(fault: Fault) -> Iterator[None]:
                 os.close(fd)
 
 
-def run(model: Path, out: Path, fault: Fault, *, overwrite: bool) -> str:
+def run(model: Path, out: Path, fault: Fault, *, overwrite: bool, split_size: int | None = None) -> str:
     """Convert under a fault; return "done", "died" or the name of the error."""
     with injected(fault):
         try:
-            h.convert(model, out, workers=1, overwrite=overwrite)
+            h.convert(model, out, workers=1, overwrite=overwrite, split_size=split_size)
         except Died:
             return "died"
         except h.HlwqError as error:

@@ -129,6 +129,13 @@ def inflated(blob: bytes, frames: list[int]) -> list[bytes]:
     return parts
 
 
+def features_of(document: dict[str, Any]) -> int:
+    """The feature bits of a file with this document."""
+    tensors = document.get("tensors")
+    tags = [t.get("encoding") for t in tensors if isinstance(t, dict)] if isinstance(tensors, list) else []
+    return 2 * ("trellis" in tags) + 4 * (document.get("split") is not None)
+
+
 def repair_header(data: bytes) -> bytes:
     """Make lengths, digest and CRC of a header fit to the metadata that it points to, or that can be found."""
     if len(data) < 128:
@@ -165,14 +172,14 @@ def container(data: bytes, rng: Random, plain: Plain) -> bytes:
     text = canonical(document)
     if rng.random() < 0.12:
         text = change_text(text, rng, plain)
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"incompat": features_of(document)} if rng.random() < 0.9 else {}
     if rng.random() < 0.1:
         name = rng.choice(list(FIELDS))
         size = struct.calcsize(FIELDS[name][0])
         value = rng.choice((rng.randrange(4), 1 << rng.randrange(64), rng.choice(NUMBERS))) % (1 << 8 * min(size, 8))
         header[name] = value if FIELDS[name][0][-1] != "s" else value.to_bytes(size, "little")
     elif rng.random() < 0.1:
-        header["minor"] = 1
+        header["minor"] = rng.randrange(1, 3)
     return layout(text, blobs, gap=bytes(64) if rng.random() < 0.02 else b"", **header)
 
 

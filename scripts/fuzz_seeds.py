@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def vectors() -> list[bytes]:
     """Every container of the specification, the small ones first."""
-    return sorted((path.read_bytes() for path in sorted((ROOT / "spec" / "vectors").glob("*/*.hlwq"))), key=len)
+    return sorted((path.read_bytes() for path in sorted((ROOT / "spec" / "vectors").glob("**/*.hlwq"))), key=len)
 
 
 def metadata_seeds() -> list[bytes]:

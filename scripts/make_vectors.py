@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from vectors_bad import FIELDS, Fault, Object, Parts, bad, empty, sha256, unsupported, zstd_frame
+from vectors_sets import Case, sets
 
 from hlwq_convert import trellis
 from hlwq_convert.decode import trellis_code
@@ -33,6 +34,7 @@ from hlwq_formats import metadata as md
 from hlwq_formats import rans
 from hlwq_formats.bitpack import pack, unpack
 from hlwq_formats.dtypes import ITEM_BITS, WEIGHT_DTYPES, narrow, widen
+from hlwq_formats.file_set import open_set, part_name
 from hlwq_formats.layout import BLOCK, count_blocks, numel
 from hlwq_formats.reader import Reader
 
@@ -298,15 +300,27 @@ def describe(data: bytes) -> Object:
         file.write(data)
         file.flush()
         with Reader(file.name) as reader:
-            reader.verify()
-            tensors = {
-                t.name: {"dtype": t.dtype, "shape": t.shape, "sha256": sha256(decode_tensor(reader, t.name))}
-                for t in reader.metadata.tensors
-            }
-            carried = {name: sha256(reader.read_asset(name)) for name in reader.assets}
-            return {
-                "tensors": tensors, "file_id": reader.file_id, "content_id": reader.content_id, "assets": carried,
-            }  # fmt: skip
+            return content(reader)
+
+
+def describe_set(case: Case) -> Object:
+    """The expected content of a good set; `file_id` is its identifier."""
+    with tempfile.TemporaryDirectory() as folder:
+        for index, data in enumerate(case.files):
+            Path(folder, part_name("m", index, len(case.files))).write_bytes(data)
+        with open_set(folder) as reader:
+            return content(reader)
+
+
+def content(reader: Reader) -> Object:
+    """What a verified file or set holds."""
+    reader.verify()
+    tensors = {
+        t.name: {"dtype": t.dtype, "shape": t.shape, "sha256": sha256(decode_tensor(reader, t.name))}
+        for t in reader.metadata.tensors
+    }
+    carried = {name: sha256(reader.read_asset(name)) for name in reader.assets}
+    return {"tensors": tensors, "file_id": reader.file_id, "content_id": reader.content_id, "assets": carried}
 
 
 # --- stages -------------------------------------------------------------------------------------------
@@ -419,6 +433,13 @@ def faults(folder: str, listed: list[Fault]) -> dict[str, bytes]:
 def all_files() -> dict[str, bytes]:
     """Every file of spec/vectors by its path there."""
     files = {"stages.json": as_json(stages()), **faults("bad", bad()), **faults("unsupported", unsupported())}
+    sets_index = {}
+    for case in sets():
+        count = len(case.files)
+        for index, data in enumerate(case.files):
+            files[f"sets/{case.name}/{part_name('m', index, count)}"] = data
+        sets_index[case.name] = describe_set(case) if case.error is None else {"error": case.error, "fault": case.fault}
+    files["sets/index.json"] = as_json(sets_index)
     for name, data in good():
         files[f"good/{name}.hlwq"] = data
         files[f"good/{name}.json"] = as_json(describe(data))

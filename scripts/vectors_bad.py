@@ -133,7 +133,9 @@ class Parts:
         """The file; keyword arguments overwrite fields of the header."""
         trellis = any(tensor.get("encoding") == "trellis" for tensor in self.tensors)
         coded = any("zstd_codes" in section for tensor in self.tensors for section in tensor.get("sections", []))
-        header = {"minor": 2 if coded else int(trellis), "incompat": coded + 2 * trellis, **header}
+        split = self.document.get("split") is not None
+        minor = 2 if coded or split else int(trellis)
+        header = {"minor": minor, "incompat": coded + 2 * trellis + 4 * split, **header}
         return layout(canonical(self.document), self.blobs, **header)
 
 
@@ -366,10 +368,24 @@ def schema_faults() -> Iterator[Fault]:
         ("rank-9", "A tensor has 9 dimensions.", "tensors.2.shape", [3, 1, 1, 1, 1, 1, 1, 1, 1]),
         ("tensors-object", "The tensors are an object.", "tensors", {}),
         ("asset-no-section", "An asset has no section.", "assets.0.sections", []),
-        ("split", "A split set is described without its feature bit.", "split",
-         {"set": "0" * 64, "index": 0, "count": 1}),
-    ):  # fmt: skip
+    ):
         yield edited(f"schema-{name}", "BadMetadata", fault, put(path, value))
+
+
+def split_faults() -> Iterator[Fault]:
+    """A part of a split set, by itself."""
+    part: Object = {"count": 3, "index": 0, "set": "0" * 64, "size": 1000}
+    for name, fault, value, header in (
+        ("no-feature", "A split set is described without its feature bit.", part, {"incompat": 0}),
+        ("null", "The feature bit of a split set is set in a whole file.", None, {"minor": 2, "incompat": 4}),
+        ("count-1", "A set has one part.", part | {"count": 1}, {}),
+        ("count-257", "A set has 257 parts.", part | {"count": 257}, {}),
+        ("index", "A part comes after the last one.", part | {"index": 3}, {}),
+        ("size-0", "Parts have at most 0 bytes.", part | {"size": 0}, {}),
+        ("no-size", "The size of parts is left out.", {k: v for k, v in part.items() if k != "size"}, {}),
+        ("assets", "The second part has assets.", part | {"index": 1}, {}),
+    ):
+        yield edited(f"split-{name}", "BadMetadata", fault, put("split", value), **header)
 
 
 def tensor_faults() -> Iterator[Fault]:
@@ -670,7 +686,7 @@ def coded_faults() -> Iterator[Fault]:
 def bad() -> list[Fault]:
     """All of spec/vectors/bad."""
     groups = (header_faults, layout_faults, json_faults, schema_faults, tensor_faults, asset_faults, frame_faults,
-              value_faults, trellis_faults, coded_faults)  # fmt: skip
+              value_faults, trellis_faults, coded_faults, split_faults)  # fmt: skip
     return [fault for group in groups for fault in group()]
 
 
@@ -686,7 +702,7 @@ def unsupported() -> list[Fault]:
     ]
     return [
         Fault("major-2", "UnsupportedVersion", "Major version 2.", empty().build(major=2)),
-        Fault("incompat-2", feature, "Incompatible feature 2, split set.", empty().build(incompat=4)),
+        Fault("incompat-3", feature, "Incompatible feature 3.", empty().build(incompat=8)),
         Fault("incompat-63", feature, "Incompatible feature 63.", empty().build(incompat=1 << 63)),
         *(edited(name, feature, fault, put(path, value), minor=minor) for name, fault, path, value, minor in changed),
     ]

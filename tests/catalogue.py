@@ -87,6 +87,8 @@ COVERED: dict[int, tuple[str, ...]] = {
           _CRASH + "test_a_tensor_whose_source_changed_is_encoded_again"),
     124: (_CRASH + "test_any_damage_to_the_journal_is_harmless",),
     125: (_CRASH + "test_damage_to_the_part_is_found",),
+    53: ("tests/test_vectors.py::test_a_faulty_set_is_refused", "tests/test_split.py::test_a_missing_part_is_named",
+         "tests/test_split.py::test_parts_that_are_no_set"),
     127: (_SOURCE + "test_a_changed_shard_is_noticed_when_read",
           _SOURCE + "test_a_changed_shard_is_noticed_at_the_end", _CONVERT + "test_a_source_that_changes_is_noticed"),
     130: (_CONVERT + "test_a_planted_encoder_bug_is_not_published",),
@@ -102,7 +104,6 @@ NOT_APPLICABLE: dict[int, str] = {
     16: "there is one header and one copy of the metadata (DESIGN 4)",
     17: "the alignment is a constant, not a field (DESIGN 4)",
     46: "cannot occur: a block of 128 codes ends on a byte at every width (DESIGN 4)",
-    53: "split sets are not there yet: the incompat bit 2 is refused (row 5)",
 }
 
 

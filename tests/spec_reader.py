@@ -41,8 +41,9 @@ ASSETS = [{"name": NAME, "sections": [SECTION, range(1, 2)]}, range(10001)]
 RECIPE_1_0 = {"bits": (BITS, None), "effort": TEXT, "name": (TEXT, None), "rules": RULES}
 RECIPE = (RECIPE_1_0, RECIPE_1_0 | {"target": TEXT})
 SOURCE = {"files": [{"length": COUNT, "name": NAME}, range(10001)], "repo": (TEXT, None), "revision": (TEXT, None)}
-DOCUMENT = {"assets": ASSETS, "recipe": RECIPE, "signs": (None, PLAIN), "source": SOURCE, "split": None}
+DOCUMENT = {"assets": ASSETS, "recipe": RECIPE, "signs": (None, PLAIN), "source": SOURCE}
 DOCUMENT |= {"tensors": [(RAW, SCALAR, TRELLIS, TENSOR | {"encoding": "alias", "of": NAME}), range(200001)]}
+DOCUMENT |= {"split": (None, {"count": range(2, 257), "index": range(256), "set": DIGEST, "size": POSITIVE})}
 DOCUMENT |= {"tool": {"name": TEXT, "version": TEXT, "zstd": TEXT}}
 
 
@@ -215,11 +216,13 @@ def read(data: bytes) -> dict[str, Any]:
     assert hashlib.sha256(data[meta_off:]).digest() == digest
     meta = json.loads(text := data[meta_off:].decode())  # 5.1
     assert JSON.encode(meta) == text and fits(meta, DOCUMENT)
+    assert not (part := meta["split"]) or (part["index"] < part["count"] and not (part["index"] and meta["assets"]))
     signs, tensors, assets = [meta["signs"]] if meta["signs"] else [], meta["tensors"], meta["assets"]
     assert all((s["kind"], s["length"]) == ("signs", 16) for s in signs)
     check_entries(tensors, assets)
     sections = [*signs, *(s for entry in tensors + assets for s in entry.get("sections", []))]  # 4
-    assert incompat == any("zstd_codes" in s for s in sections) + 2 * any("row" in t for t in tensors)  # 10
+    features = (any("zstd_codes" in s for s in sections), any("row" in t for t in tensors), bool(meta["split"]))
+    assert incompat == sum(has << bit for bit, has in enumerate(features))  # 10
     ends = list(accumulate((s["length"] for s in sections), lambda end, n: -(-end // 64) * 64 + n, initial=128))
     assert ends[-1] == 128 + data_len and not any(data[ends[-1] : meta_off])
     spans = ((s, before, end - s["length"], end) for s, (before, end) in zip(sections, pairwise(ends), strict=True))
@@ -242,4 +245,4 @@ def read(data: bytes) -> dict[str, Any]:
         )
     files = {a["name"]: next(pairs)[1] for a in assets}
     ids = [hashlib.sha256(value).hexdigest() for value in (data[:128], JSON.encode(rows).encode())]
-    return {"tensors": found, "assets": files, "file_id": ids[0], "content_id": ids[1]}
+    return {"tensors": found, "assets": files, "file_id": ids[0], "content_id": ids[1], "rows": rows, "meta": meta}

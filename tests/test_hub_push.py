@@ -411,3 +411,64 @@ def test_a_real_model(hub: Hub, tmp_path: Path) -> None:
     assert len(there) == 272 and list(there) == list(here)
     for name, tensor in there.items():
         assert torch.equal(tensor.view(torch.int16), here[name].view(torch.int16)), name
+
+
+# --- split sets -------------------------------------------------------------------------------------
+
+
+def split(model: Path, out: Path, size: int) -> list[Path]:
+    h.convert(model, out, split_size=size, overwrite=True)
+    return sorted(out.parent.glob(f"{out.stem}*.hlwq"))
+
+
+def test_a_set_is_pushed_whole_and_loads_by_the_card(hub: Hub, model: Path, converted: Path, tmp_path: Path) -> None:
+    parts = split(model, tmp_path / "tiny.hlwq", 60_000)
+    assert len(parts) == 3
+    done = run("push", *parts, TARGET)  # as a shell makes it of tiny-*.hlwq
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos[TARGET]
+    assert len(repo.commits) == 2
+    assert {name: repo.main[name] for name in repo.main if name.endswith(".hlwq")} == {
+        part.name: part.read_bytes() for part in parts
+    }
+    card = repo.main["README.md"].decode()
+    total = sum(part.stat().st_size for part in parts)
+    assert f"| tiny.hlwq, in 3 parts | {total / 1000:.1f} kB |" in card
+    assert "hlwq-convert MODEL_DIR tiny.hlwq --bits 5 --split-size 60000" in card
+    assert [f["file_bytes"] for f in json.loads(repo.main["report.json"])["files"]] == [total]
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert snippet is not None
+    pytest.importorskip("torch")
+    import torch
+
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{snippet[1]}\nimport torch\ntorch.save(state_dict, {str(tmp_path / 'state')!r})"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found, expected = torch.load(tmp_path / "state"), h.load_state_dict(converted)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    hub.seen.clear()
+    assert "nothing was pushed" in run("push", tmp_path / "tiny.hlwq", TARGET).stdout
+    assert hub.paths("PUT") == []
+
+
+def test_a_set_replaces_what_was_cut_otherwise(hub: Hub, model: Path, tmp_path: Path) -> None:
+    for size, count in ((10**6, 1), (60_000, 3), (40_000, 4), (10**6, 1)):
+        parts = split(model, tmp_path / "tiny.hlwq", size)
+        assert len(parts) == count
+        assert publish(make_bundle([tmp_path], TARGET, [])).changed
+        main = hub.repos[TARGET].main
+        assert sorted(name for name in main if name.endswith(".hlwq")) == [part.name for part in parts]
+
+
+def test_an_incomplete_set_is_not_pushed(hub: Hub, model: Path, tmp_path: Path) -> None:
+    parts = split(model, tmp_path / "tiny.hlwq", 60_000)
+    parts[1].unlink()
+    done = run("push", parts[0], TARGET)
+    assert done.returncode == 66
+    assert f"{parts[1].name}: part 2 of 3 is missing" in done.stderr
+    assert TARGET not in hub.repos

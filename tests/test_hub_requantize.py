@@ -332,3 +332,48 @@ def test_summaries_are_harmless() -> None:
     result = Result("org/x", "ab" * 20, "unchanged", warnings=["::error::<script>|\n# x"])
     assert "Warning: &#92;x3a:error:&#58;&#60;script&#62;&#124;&#92;n&#35; x" in summarize(result)
     assert "::" not in summarize_error(IoFailure("::stop-commands::x", file="::add-mask::f"))
+
+
+SPLIT_JOB = f"""
+[base]
+repo = "{BASE}"
+[target]
+repo = "{TARGET}"
+[[file]]
+name = "tiny.hlwq"
+split_size = "60 kB"
+[file.gates]
+max_size = "150 kB"
+"""
+
+
+def test_a_split_file(hub: Hub, base: Repo, tmp_path: Path) -> None:
+    """Converted, gated by the sum of its parts, handed over, published, and found again, as one."""
+    result = do(tmp_path, SPLIT_JOB, dry_run=True)
+    work = tmp_path / "work"
+    parts = sorted(path.name for path in work.glob("*.hlwq"))
+    assert parts == [f"tiny-0000{i}-of-00003.hlwq" for i in (1, 2, 3)]
+    sizes = sum((work / part).stat().st_size for part in parts)
+    assert [(one.gate, one.found, one.good) for one in result.checks] == [("max_size", sizes, True)]
+    made = {part: (work / part).stat().st_mtime_ns for part in parts}
+    result = do(tmp_path, SPLIT_JOB)
+    assert result.state == "published"
+    assert made == {part: (work / part).stat().st_mtime_ns for part in parts}
+    main = hub.repos[TARGET].main
+    assert {name for name in main if name.endswith(".hlwq")} == set(parts)
+    assert do(tmp_path, SPLIT_JOB).state == "unchanged"
+    assert do(tmp_path, SPLIT_JOB.replace("150 kB", "100 kB").replace("tiny.hlwq", "t.hlwq")).state == "stopped"
+
+
+def test_parts_that_were_swapped_are_not_published(hub: Hub, base: Repo, tmp_path: Path) -> None:
+    """A hand-over that does not list all parts of a set vouches for none of them."""
+    job = read_job(write_job(tmp_path, SPLIT_JOB))
+    work = tmp_path / "work"
+    requantize(job, work, lambda *_: None, dry_run=True)
+    document = json.loads((work / HANDOVER).read_bytes())
+    document["containers"] = document["containers"][:2]
+    (work / HANDOVER).write_text(json.dumps(document))
+    digest = hashlib.sha256((work / HANDOVER).read_bytes()).hexdigest()
+    with pytest.raises(BadDigest, match="some parts of a set are not those that were handed over"):
+        publish_handed(work, digest, job)
+    assert TARGET not in hub.repos

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from spec_reader import REFUSALS, read
+from spec_sets import read_set
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from vectors_bad import empty
@@ -21,6 +22,7 @@ from hlwq_formats.errors import BadMetadata
 from hlwq_formats.reader import Reader
 
 VECTORS = Path(__file__).resolve().parent.parent / "spec" / "vectors"
+SETS = json.loads((VECTORS / "sets" / "index.json").read_bytes())
 FAULTY = sorted(path for folder in ("bad", "unsupported") for path in (VECTORS / folder).glob("*.hlwq"))
 
 
@@ -45,6 +47,21 @@ def test_every_faulty_vector_is_refused(path: Path) -> None:
         read(path.read_bytes())
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_sets(name: str) -> None:
+    files = [path.read_bytes() for path in sorted((VECTORS / "sets" / name).iterdir())]
+    if name != "good":
+        with pytest.raises(REFUSALS):
+            read_set(files)
+        return
+    found = read_set(files)
+    assert (found["file_id"], found["content_id"]) == (SETS[name]["file_id"], SETS[name]["content_id"])
+    assert {name: sha256(data) for name, data in found["assets"].items()} == SETS[name]["assets"]
+    assert {n: sha256(t[2]) for n, t in found["tensors"].items()} == {
+        n: t["sha256"] for n, t in SETS[name]["tensors"].items()
+    }
+
+
 def test_a_converted_model_reads_alike(converted: Path) -> None:
     second = read(converted.read_bytes())
     with h.open(converted) as file:
@@ -56,6 +73,14 @@ def test_a_converted_model_reads_alike(converted: Path) -> None:
                 assert data == b"".join(file.reader.raw_chunks(tensor))
             else:
                 assert data == decode_quantized(file.reader, tensor).tobytes()
+
+
+def test_a_split_model_reads_alike(model: Path, converted: Path, tmp_path: Path) -> None:
+    h.convert(model, tmp_path / "m.hlwq", split_size=60_000)
+    found, whole = read_set([path.read_bytes() for path in sorted(tmp_path.iterdir())]), read(converted.read_bytes())
+    assert (found["tensors"], found["content_id"]) == (whole["tensors"], whole["content_id"])
+    assert found["assets"] == whole["assets"]
+    assert found["file_id"] == h.inspect(tmp_path).file_id
 
 
 def many(what: str, count: int) -> bytes:
@@ -86,8 +111,9 @@ def test_both_readers_count_what_is_listed(what: str, tmp_path: Path) -> None:
 
 
 def test_it_is_short_and_stands_alone() -> None:
-    source = (Path(__file__).parent / "spec_reader.py").read_text()
+    source, sets = ((Path(__file__).parent / name).read_text() for name in ("spec_reader.py", "spec_sets.py"))
     assert len(source.splitlines()) <= 250
+    source += sets
     modules = {n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
     modules |= {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import) for a in n.names}
     assert not any(str(module).startswith("hlwq") for module in modules)

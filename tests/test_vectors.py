@@ -23,6 +23,7 @@ from hlwq_formats import errors
 from hlwq_formats import metadata as md
 from hlwq_formats.bitpack import pack, unpack
 from hlwq_formats.dtypes import narrow, widen
+from hlwq_formats.file_set import open_set, part_name
 from hlwq_formats.layout import numel
 from hlwq_formats.reader import Reader
 
@@ -34,6 +35,7 @@ FAULTS = [
     for folder in ("bad", "unsupported")
     for name, entry in json.loads((VECTORS / folder / "index.json").read_bytes()).items()
 ]
+SETS = json.loads((VECTORS / "sets" / "index.json").read_bytes())
 STAGES = json.loads((VECTORS / "stages.json").read_bytes())
 
 
@@ -57,15 +59,38 @@ def decode(reader: Reader, tensor: md.StoredTensor) -> bytes:
 def test_good(name: str) -> None:
     expected = json.loads((VECTORS / "good" / f"{name}.json").read_bytes())
     with Reader(VECTORS / "good" / f"{name}.hlwq") as reader:
-        reader.verify()
-        assert reader.file_id == expected["file_id"]
-        assert reader.content_id == expected["content_id"]
-        found = {
-            t.name: {"dtype": t.dtype, "shape": t.shape, "sha256": sha256(decode(reader, reader.stored_tensor(t.name)))}
-            for t in reader.metadata.tensors
-        }
-        assert found == expected["tensors"]
-        assert {asset: sha256(reader.read_asset(asset)) for asset in reader.assets} == expected["assets"]
+        check_content(reader, expected)
+
+
+def check_content(reader: Reader, expected: dict[str, Any]) -> None:
+    reader.verify()
+    assert reader.file_id == expected["file_id"]
+    assert reader.content_id == expected["content_id"]
+    found = {
+        t.name: {"dtype": t.dtype, "shape": t.shape, "sha256": sha256(decode(reader, reader.stored_tensor(t.name)))}
+        for t in reader.metadata.tensors
+    }
+    assert found == expected["tensors"]
+    assert {asset: sha256(reader.read_asset(asset)) for asset in reader.assets} == expected["assets"]
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_the_good_set_opens_by_any_part(part: int) -> None:
+    with open_set(VECTORS / "sets" / "good" / part_name("m", part, 3)) as reader:
+        check_content(reader, SETS["good"])
+
+
+@pytest.mark.parametrize("name", sorted(SETS.keys() - {"good"}))
+def test_a_faulty_set_is_refused(name: str) -> None:
+    for path in sorted((VECTORS / "sets" / name).iterdir()):
+        with Reader(path) as reader:  # each file is good by itself
+            reader.verify()
+            if reader.metadata.split is None:
+                continue
+        with pytest.raises(errors.BadSet) as caught:
+            open_set(path)
+        assert type(caught.value).__name__ == SETS[name]["error"]
+        assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(("folder", "name", "entry"), FAULTS, ids=[f"{folder}/{name}" for folder, name, _ in FAULTS])
@@ -80,7 +105,8 @@ def test_fault_has_its_class(folder: str, name: str, entry: dict[str, str]) -> N
 def test_every_file_is_listed_and_every_class_is_shown() -> None:
     listed = {f"{folder}/{name}" for folder, name, _ in FAULTS}
     assert listed == {str(path.relative_to(VECTORS)) for path in VECTORS.glob("*/*.hlwq") if path.parent.name != "good"}
-    shown = {entry["error"] for _, _, entry in FAULTS}
+    shown = {entry["error"] for _, _, entry in FAULTS} | {SETS[name]["error"] for name in SETS if name != "good"}
+    assert {path.name for path in (VECTORS / "sets").iterdir() if path.is_dir()} == SETS.keys()
     in_table = {error.__name__ for error in vars(errors).values() if 101 <= getattr(error, "code", 0) <= 199}
     assert shown == in_table
 

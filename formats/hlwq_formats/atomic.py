@@ -219,6 +219,13 @@ class AtomicFile:
         except OSError as error:
             raise self._failed(error, 0) from None
 
+    def cut(self, size: int) -> None:
+        """Drop everything from `size` on."""
+        try:
+            OPS.truncate(self._fd, size)
+        except OSError as error:
+            raise self._failed(error, 0) from None
+
     def sync(self, size: int | None = None) -> None:
         """Force everything to disk, cutting the file to `size` first. A failed fsync is final."""
         try:
@@ -240,6 +247,11 @@ class AtomicFile:
     @uninterrupted
     def publish(self) -> None:
         """Give the synced file its name. Without `overwrite` an existing file is never replaced."""
+        self.rename()
+        sync_folder(self.path)
+
+    def rename(self) -> None:
+        """The first half of `publish`; the other is `sync_folder`."""
         self.check_publishable()
         try:
             if self._overwrite:
@@ -254,16 +266,6 @@ class AtomicFile:
         self._close()
         with contextlib.suppress(CannotCreate):  # it means nothing any more
             self._remove_journal()
-        try:
-            folder = OPS.open_folder(os.path.dirname(self.path) or ".")
-            try:
-                OPS.sync(folder)
-            finally:
-                OPS.close(folder)
-        except OSError as error:
-            raise IoFailure(
-                f"published, but whether it survives a power cut is unconfirmed: {error.strerror}", file=self.path
-            ) from None
 
     def abandon(self) -> None:
         """Remove OUT.part and its journal and close; after `publish` or `abandon` this does nothing."""
@@ -293,6 +295,20 @@ class AtomicFile:
                 hint="free space or choose another disk",
             )
         return IoFailure(f"cannot write: {error.strerror}", file=self.part)
+
+
+def sync_folder(path: str) -> None:
+    """Force the name of a published file to disk."""
+    try:
+        folder = OPS.open_folder(os.path.dirname(path) or ".")
+        try:
+            OPS.sync(folder)
+        finally:
+            OPS.close(folder)
+    except OSError as error:
+        raise IoFailure(
+            f"published, but whether it survives a power cut is unconfirmed: {error.strerror}", file=path
+        ) from None
 
 
 def _cannot_create(path: str, error: OSError | ValueError) -> CannotCreate:

@@ -140,6 +140,12 @@ class BadValues(BadData):
     code = 110
 
 
+class BadSet(BadData):
+    """Files that are parts of split sets, each good, and do not make one set."""
+
+    code = 111
+
+
 class UnsupportedVersion(HlwqError):
     """A major version that this reader does not know."""
 

@@ -25,7 +25,8 @@ BLOCK = 128
 MAX_METADATA = 64 << 20
 CODES_BIT = 1 << 0
 TRELLIS_BIT = 1 << 1
-KNOWN_INCOMPAT = CODES_BIT | TRELLIS_BIT
+SPLIT_BIT = 1 << 2
+KNOWN_INCOMPAT = CODES_BIT | TRELLIS_BIT | SPLIT_BIT
 MAX_NUMEL = (1 << 53) - 1
 
 _HEADER = struct.Struct("<8sHHIQQQQQQQ32s20sI")
@@ -92,7 +93,7 @@ def trellis_lengths(n_elements: int, row: int) -> tuple[int, int]:
 
 def minor_of(incompat: int) -> int:
     """The lowest minor version that has these features (spec section 10)."""
-    if incompat & CODES_BIT:
+    if incompat & (CODES_BIT | SPLIT_BIT):
         return 2
     return 1 if incompat & TRELLIS_BIT else 0
 

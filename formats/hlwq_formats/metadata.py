@@ -8,14 +8,14 @@ other number spellings and white space all at once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from .errors import BadMetadata, UnsupportedFeature, escape
-from .layout import BLOCK, CODES_BIT, MINOR, TRELLIS_BIT
+from .layout import BLOCK, CODES_BIT, MINOR, SPLIT_BIT, TRELLIS_BIT
 from .strict_json import parse
 
 FRAME = 1 << 20
@@ -26,6 +26,8 @@ MAX_TENSORS = 200_000
 _MAX_COMMAS = 6_000_000  # 200,000 tensors have 5 million
 _MAX_SEARCHED = 1 << 20  # bytes of a document that is looked through for the reason why it is not canonical
 MAX_LISTED = 10_000  # rules, source files and assets
+MAX_PARTS = 256  # all are open at once
+NO_SET = "0" * 64
 SIGNS_LENGTH = BLOCK // 8
 REPORT = "report.json"
 
@@ -158,11 +160,13 @@ class Source(Document):
 
 
 class Split(Document):
-    """This file is part `index` (from 0) of `count`; all parts carry the same `set`."""
+    """This file is part `index` (from 0) of `count`; all parts carry the same `set`, see `set_id`. `size` is the most
+    bytes that a part was to have."""
 
     set: Digest
     index: Count
-    count: Positive
+    count: Annotated[int, Meta(ge=2, le=MAX_PARTS)]
+    size: Positive
 
 
 class Tool(Document):
@@ -253,7 +257,7 @@ def incompat_of(metadata: Metadata) -> int:
     """The feature bits of a file with this document (spec section 10)."""
     coded = any(section.zstd_codes is not UNSET for _, _, section in all_sections(metadata))
     trellis = any(isinstance(tensor, TrellisTensor) for tensor in metadata.tensors)
-    return CODES_BIT * coded | TRELLIS_BIT * trellis
+    return CODES_BIT * coded | TRELLIS_BIT * trellis | SPLIT_BIT * (metadata.split is not None)
 
 
 def packing_of(section: Section) -> Zstd | UnsetType:
@@ -271,6 +275,15 @@ def raw_sha256(section: Section) -> str:
     """SHA-256 of the section's bytes after decompression."""
     packing = packing_of(section)
     return section.sha256 if packing is UNSET else packing.raw_sha256
+
+
+def set_id(parts: Sequence[Metadata]) -> str:
+    """What all parts of a set carry: the SHA-256 of their documents, in order, with zeros where it stands itself."""
+    digest = hashlib.sha256()
+    for part in parts:
+        split = part.split and msgspec.structs.replace(part.split, set=NO_SET)
+        digest.update(encode(msgspec.structs.replace(part, split=split)))
+    return digest.hexdigest()
 
 
 def content_id(metadata: Metadata) -> str:

@@ -89,6 +89,11 @@ class Reader:
         self._check_padding(end, self._file.read(end, self.header.meta_off - end))
 
     @property
+    def parts(self) -> list[Reader]:
+        """The files that it reads: itself; all parts of a set, for the reader of one (file_set.py)."""
+        return [self]
+
+    @property
     def content_id(self) -> str:
         """SHA-256 over what the tensors hold: files with equal ids decode alike, whatever else they hold."""
         return md.content_id(self.metadata)

@@ -20,11 +20,14 @@ from .sections import MAX_CODES_FRAME
 def validate(metadata: md.Metadata, incompat: int, file: str) -> None:
     """Check entries against the feature bits and each other, and every length against the one derived from shape and
     bits."""
-    if metadata.split is not None:
-        raise BadMetadata("metadata: a split set without its feature bit", file=file)
     if wrong := incompat ^ md.incompat_of(metadata):
         names = [name for bit, name in INCOMPAT_NAMES.items() if wrong >> bit & 1]
         raise BadMetadata(f"metadata: the header's feature bits do not fit it: {', '.join(names)}", file=file)
+    split = metadata.split
+    if split is not None and split.index >= split.count:
+        raise BadMetadata(f"metadata: it is part {split.index + 1} of {split.count}", file=file)
+    if split is not None and split.index > 0 and metadata.assets:
+        raise BadMetadata(f"metadata: part {split.index + 1} of a set has assets, expected in part 1", file=file)
     if metadata.signs is not None:
         _check_section(metadata.signs, "signs", md.SIGNS_LENGTH, file, None)
     stored: dict[str, md.StoredTensor] = {}

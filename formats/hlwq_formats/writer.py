@@ -15,6 +15,7 @@ from types import TracebackType
 
 from . import metadata as md
 from .atomic import AtomicFile
+from .cut import publish_parts
 from .errors import BadData, HlwqError, Internal, SelfCheckFailed, UnsupportedFeature
 from .interrupts import Gate, lift_gates, set_gates, uninterrupted
 from .layout import HEADER_LEN, Header, align, make_header, place_sections
@@ -83,6 +84,7 @@ class Writer:
         self, path: str | os.PathLike[str], *, overwrite: bool = False, reserve: int = 0, resume: bool = False
     ) -> None:
         self._file = AtomicFile(path, overwrite=overwrite)
+        self._overwrite = overwrite
         self._reserve = reserve
         self._resume = resume
         self.part, self.journal = self._file.part, self._file.journal
@@ -160,16 +162,32 @@ class Writer:
 
         A `verify` of one's own must read every section; it may raise SelfCheckFailed.
         """
+        encoded = self.prepare(metadata, verify)
+        self._file.write(0, encoded)
+        self._file.sync()
+        if self._file.read(0, HEADER_LEN) != encoded:
+            raise SelfCheckFailed("the written header does not read back; nothing was published")
+
+    def prepare(self, metadata: md.Metadata, verify: Callable[[Reader], None] = Reader.verify) -> bytes:
+        """`commit` without the header, which is returned: for `publish_parts`."""
         encoded = self._write_metadata(metadata).encode()
         try:
             with Reader(self._file.part, header=encoded) as reader:
                 verify(reader)
         except (BadData, UnsupportedFeature) as error:
             raise SelfCheckFailed(f"the written file does not read back: {error}; nothing was published") from error
-        self._file.write(0, encoded)
-        self._file.sync()
-        if self._file.read(0, HEADER_LEN) != encoded:
-            raise SelfCheckFailed("the written header does not read back; nothing was published")
+        return encoded
+
+    def publish_parts(
+        self,
+        metadata: md.Metadata,
+        documents: Sequence[md.Metadata],
+        ready: Callable[[Reader], None],
+        step: Callable[[int], None],
+    ) -> None:
+        """Cut the prepared file into the parts of a set that `documents` describe, and publish those. The rest of the
+        arguments are those of `cut.publish_parts`."""
+        publish_parts(self._file, metadata, documents, ready, step, overwrite=self._overwrite)
 
     def check_publishable(self) -> None:
         """Raise what `publish` would raise for what has come or gone meanwhile."""

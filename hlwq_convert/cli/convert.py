@@ -54,6 +54,7 @@ def _values(of: Any) -> Callable[[str], list[Any]]:
     metavar="BYTES[,...]",
     help="Size of the whole file, such as 16.2GB, at a variable rate.",
 )
+@click.option("--split-size", metavar="BYTES", help="Cut a file of over so many bytes, such as 20GB, into parts.")
 @click.option("--min-bits", metavar="REGEX=BITS", multiple=True, help="With --bpw or --size: at least so many bits.")
 @click.option("--max-bits", metavar="REGEX=BITS", multiple=True, help="With --bpw or --size: at most so many bits.")
 @click.option(
@@ -90,6 +91,8 @@ def command(
     nonfinite: Any, allow_inside_source: bool, verify_source: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Convert the Hugging Face model MODEL, a folder or an org/name[@revision] of the Hub, into the file OUTPUT.
+
+    With --split-size what is larger becomes OUTPUT-00001-of-00003.hlwq and so on, without the suffix of OUTPUT.
 
     Matrices are rotated and quantized; norms, biases, routers and other delicate tensors stay as they are.
 

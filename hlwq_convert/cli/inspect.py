@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 def command(file: str, other: str | None, debug: bool, **options: Any) -> int:
     """Show what FILE holds: each tensor, its encoding, its size and its closeness to the source.
 
-    With OTHER, show how the two files differ. A file may be on a web server (https://...) or on the Hugging Face Hub
-    (ORG/REPO[@REVISION]/FILE.hlwq): only its header, metadata and report are fetched.
+    With OTHER, show how the two files differ. Any part of a split set, or its folder, stands for all of it. A file may
+    be on a web server (https://...) or on the Hugging Face Hub (ORG/REPO[@REVISION]/FILE.hlwq): only header, metadata
+    and report are fetched.
     """
     asked = _Options(**options)
     if asked.chart + asked.as_csv + asked.as_json > 1:

@@ -32,6 +32,7 @@ def command(
     evaluations: tuple[str, ...], as_json: bool, quiet: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Push each FILE, with the config and the tokenizer that it carries, a report and a model card, to ORG/REPO.
+    A split set is named by any of its parts, or by its folder.
 
     All goes in one commit, and every file on the Hub is compared with the local one afterwards. The token is
     HF_TOKEN, that of `hf auth login`, or in CI that of a trusted publisher (HF_OIDC_RESOURCE).

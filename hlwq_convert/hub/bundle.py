@@ -13,8 +13,8 @@ import msgspec
 
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadEvaluation, Usage, escape
+from hlwq_formats.file_set import open_set, place_of
 from hlwq_formats.files import InputFile
-from hlwq_formats.reader import Reader
 
 from ..inspection import inspect_reader
 from .card import Container, front_matter, license_warning, make_card
@@ -53,30 +53,29 @@ class Bundle:
 
 
 def make_bundle(files: Sequence[str | os.PathLike[str]], repo: str, evaluations: list[Evaluation]) -> Bundle:
-    """Verify every byte of the containers and put together what is pushed with them.
+    """Verify every byte of the containers and put together what is pushed with them. A split set may be given by its
+    folder, by any of its parts or by several.
 
     Raises Usage for names that a repository cannot have and for containers of different models, BadEvaluation for
     one of another file, and what Reader raises.
     """
     check_repo(repo)
-    paths = sorted(map(Path, files), key=lambda path: path.name)
-    names = [check_name(path.name) for path in paths]
-    if len({name.lower() for name in names}) != len(names):
-        raise Usage("two of the files have the same name")
+    sources = _find(files)
+    names = sorted(sources)
     containers, items = [], []
     beside: dict[str, bytes] | None = None
     readme = b""
-    for path in paths:
-        with Reader(path) as reader:
+    for name in names:
+        with open_set(sources[name][0]) as reader:
             reader.verify()
-            inspection = msgspec.structs.replace(inspect_reader(reader), file=path.name)
+            inspection = msgspec.structs.replace(inspect_reader(reader), file=name)
             assets = {name: reader.read_asset(name) for name in reader.assets if is_asset(name)}
-        containers.append(Container(path.name, inspection, of_content(evaluations, inspection.content_id)))
-        items.append(Item(path.name, path, hash_file(path)))
+        containers.append(Container(name, inspection, of_content(evaluations, inspection.content_id)))
+        items += [Item(path.name, path, hash_file(path)) for path in sources[name]]
         readme = assets.pop(CARD, b"")
         if beside is not None and assets != beside:
             differ = sorted(n for n in {*assets, *beside} if assets.get(n) != beside.get(n))
-            raise Usage(f"{names[0]} and {path.name} are of different models: {escape(differ[0])} differs")
+            raise Usage(f"{names[0]} and {name} are of different models: {escape(differ[0])} differs")
         beside = assets
     for evaluation in evaluations:
         if not any(container.evaluation == evaluation for container in containers):
@@ -87,6 +86,24 @@ def make_bundle(files: Sequence[str | os.PathLike[str]], repo: str, evaluations:
     items += [Item(name, data, hashlib.sha256(data).hexdigest()) for name, data in sorted(texts.items())]
     warning = license_warning(base)
     return Bundle(repo, containers, items, [warning] if warning else [])
+
+
+def _find(files: Sequence[str | os.PathLike[str]]) -> dict[str, list[Path]]:
+    """The files of each container by its name."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        if not os.path.isdir(file):
+            check_name(os.path.basename(file))
+        with open_set(file) as reader:
+            paths = [Path(part.path) for part in reader.parts]
+        place = place_of(paths[0].name) if len(paths) > 1 else None
+        name = place[0] if place else check_name(paths[0].name)
+        if place and [path.resolve() for path in found.get(name, [])] == [path.resolve() for path in paths]:
+            continue
+        if name.lower() in {other.lower() for other in found}:
+            raise Usage("two of the files have the same name")
+        found[name] = paths
+    return found
 
 
 def check_name(name: str) -> str:

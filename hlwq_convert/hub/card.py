@@ -26,11 +26,18 @@ _FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?\r?\n)---[ \t]*(?:\r?\n|\Z)", re.
 
 @dataclass(frozen=True)
 class Container:
-    """A converted file as it is published: its name, what is in it and, where it was measured, its output."""
+    """A converted file as it is published: its name, what is in it and, where it was measured, its output. A split set
+    has the name that it would have in one file."""
 
     name: str
     inspection: Inspection
     evaluation: Evaluation | None = None
+
+    @property
+    def files(self) -> list[str]:
+        """The names of its files: its own, or those of its parts."""
+        split = self.inspection.split
+        return [self.name] if split is None else [part.name for part in split.parts]
 
 
 def front_matter(text: bytes) -> dict[str, Any]:
@@ -130,7 +137,7 @@ def file_table(containers: list[Container]) -> str:
     """Size and closeness to the source of each file, in Markdown."""
     rows = [
         [
-            c.name,
+            c.name if len(c.files) == 1 else f"{c.name}, in {len(c.files)} parts",
             human_bytes(c.inspection.file_bytes),
             _number(c.inspection.bpw, ".3f"),
             _number(c.inspection.summary.cosine_min, ".5f"),
@@ -167,13 +174,21 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _snippet(repo: str, containers: list[Container]) -> str:
+    name, count = containers[0].files[0], len(containers[0].files)
+    fetch = ["from huggingface_hub import hf_hub_download", "", f'path = hf_hub_download("{repo}", "{name}")']
+    if count > 1:
+        pattern = name.replace("-00001-of-", "-*-of-")
+        fetch = [
+            "from huggingface_hub import snapshot_download",
+            "",
+            f'folder = snapshot_download("{repo}", allow_patterns="{pattern}")',
+            f'path = f"{{folder}}/{name}"  # or any other part',
+        ]
     return "\n".join(
         [
             "```python",
             "import hlwq_convert",
-            "from huggingface_hub import hf_hub_download",
-            "",
-            f'path = hf_hub_download("{repo}", "{containers[0].name}")',
+            *fetch,
             "state_dict = hlwq_convert.load_state_dict(path)  # torch tensors by their source names",
             "```",
         ]
@@ -198,6 +213,8 @@ def _command(container: Container) -> str:
         rules = rules[len(named) :]
     for rule in rules:
         words += ["--set", f"{rule.match}={'raw' if rule.bits is None else rule.bits}"]
+    if container.inspection.split is not None:
+        words += ["--split-size", str(container.inspection.split.size)]
     if recipe.effort != "default":
         words += ["--effort", recipe.effort]
     return "".join(char if char.isprintable() else escape(char) for char in shlex.join(words))

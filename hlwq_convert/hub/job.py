@@ -15,6 +15,7 @@ from hlwq_formats.files import InputFile
 from ..recipe import builtin_recipes, make_recipe
 from ..scalar import Effort
 from ..target import make_target
+from ..target import parse_size as parse_bytes
 from .bundle import check_name
 from .client import check_repo
 
@@ -59,6 +60,7 @@ class FileJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bits: int | None = None
     bpw: float | None = None
     size: int | str | None = None
+    split_size: int | str | None = None
     recipe: str | None = None
     set: list[str] = []
     effort: Effort = "default"
@@ -103,6 +105,8 @@ def read_job(path: str | os.PathLike[str]) -> Job:
             raise Usage(f"{file.name}: its gates need an [evaluation]", file=os.fspath(path))
         if file.gates.max_size is not None:
             parse_size(file.gates.max_size)
+        if file.split_size is not None:
+            parse_bytes(file.split_size, f"{file.name}: split_size")
         recipe = file.recipe
         if recipe is not None and recipe not in builtin_recipes():
             recipe = os.fspath(folder / recipe)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import CannotCreate, ForeignRepo, HlwqError, HubMismatch, HubRefused, Usage, escape
+from hlwq_formats.file_set import whole_of
 
 from .bundle import CARD, SUFFIX, Bundle, Item
 from .card import LIBRARY, front_matter
@@ -65,7 +66,7 @@ def publish(
         if not _is_there(bundle, target):
             if target.tagged is not None:
                 raise CannotCreate(f"the tag {escape(str(tag))} exists already", file=repo, hint="choose another --tag")
-            commit, url = _commit(api, bundle, branch, target.commit, create_pr)
+            commit, url = _commit(api, bundle, branch, target, create_pr)
             changed = True
             try:
                 _compare(bundle, commit)
@@ -123,13 +124,23 @@ def _refuse_foreign(bundle: Bundle, target: Target, create_pr: bool) -> None:
             file=bundle.repo,
             hint="choose another repository, or propose the change with --create-pr",
         )
-    others = sorted(n for n in target.files if n.endswith(SUFFIX) and n not in {c.name for c in bundle.containers})
+    others = sorted(_other_containers(bundle, target) - _replaced(bundle, target))
     if others:
         raise ForeignRepo(
             f"it holds {escape(', '.join(others[:3]), 120)} too, which the new card would not describe",
             file=bundle.repo,
             hint="push all files together, delete those on the Hub, or choose another repository",
         )
+
+
+def _other_containers(bundle: Bundle, target: Target) -> set[str]:
+    return {name for name in target.files if name.endswith(SUFFIX)} - {f for c in bundle.containers for f in c.files}
+
+
+def _replaced(bundle: Bundle, target: Target) -> set[str]:
+    """What a container replaces under other names: the parts of another set of its name, or what was not split."""
+    names = {container.name for container in bundle.containers}
+    return {name for name in _other_containers(bundle, target) if whole_of(name) in names}
 
 
 def _is_there(bundle: Bundle, target: Target) -> bool:
@@ -142,19 +153,22 @@ def _is_there(bundle: Bundle, target: Target) -> bool:
         if item.sha256 != file.sha256 and blob != file.blob:
             return False
     for container in bundle.containers:
-        file = target.files.get(container.name)
-        if file is None or (metadata := read_container(bundle.repo, file, target.commit)) is None:
+        if not target.files.keys() >= set(container.files):
             return False
-        if md.content_id(metadata) != container.inspection.content_id:
+        metadata = read_container(bundle.repo, [target.files[name] for name in container.files], target.commit)
+        if metadata is None or md.content_id(metadata) != container.inspection.content_id:
             return False
     return True
 
 
-def _commit(api: HfApi, bundle: Bundle, branch: str, parent: str, create_pr: bool) -> tuple[str, str]:
+def _commit(api: HfApi, bundle: Bundle, branch: str, target: Target, create_pr: bool) -> tuple[str, str]:
     """Upload what is large and make the one commit; (commit, its address or that of the pull request)."""
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
-    operations = [CommitOperationAdd(item.path, item.content) for item in bundle.items]
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+        *(CommitOperationAdd(item.path, item.content) for item in bundle.items),
+        *(CommitOperationDelete(name) for name in sorted(_replaced(bundle, target))),
+    ]
     lines = [f"{c.name}: content {c.inspection.content_id}" for c in bundle.containers]
     source = bundle.containers[0].inspection.metadata.source
     if source.repo is not None:
@@ -165,7 +179,7 @@ def _commit(api: HfApi, bundle: Bundle, branch: str, parent: str, create_pr: boo
         commit_message=f"Add {', '.join(c.name for c in bundle.containers)}"[:200],
         commit_description="\n".join(lines),
         revision=branch,
-        parent_commit=parent,
+        parent_commit=target.commit,
         create_pr=create_pr,
     )
     return info.oid, (info.pr_url or info.commit_url) if create_pr else info.commit_url

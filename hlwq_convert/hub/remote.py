@@ -6,7 +6,8 @@ import hashlib
 from dataclasses import dataclass
 
 from hlwq_formats import metadata as md
-from hlwq_formats.errors import BadData, HubFailed, UnsupportedFeature, UnsupportedVersion
+from hlwq_formats.errors import BadData, BadSet, HubFailed, UnsupportedFeature, UnsupportedVersion
+from hlwq_formats.file_set import first_files, merge, part_name, place_of
 from hlwq_formats.reader import Reader
 
 from ..remote import HttpFile, Place
@@ -70,8 +71,28 @@ def sha256_of(repo: str, file: RemoteFile, revision: str) -> str:
     return file.sha256 or hashlib.sha256(read_range(repo, file.path, revision, 0, file.size + 1)).hexdigest()
 
 
-def read_container(repo: str, file: RemoteFile, revision: str) -> md.Metadata | None:
-    """The metadata of a container on the Hub, from two ranges of it; None when it is none that we can read."""
+def find_container(files: dict[str, RemoteFile], name: str) -> list[RemoteFile]:
+    """The file, or all parts of the one set, of a container of this name; none when they are not all there."""
+    first = first_files(files, name)
+    place = place_of(first[0]) if len(first) == 1 else None
+    names = first[:1] if place is None else [part_name(name, index, place[2]) for index in range(place[2])]
+    return [files[one] for one in names] if names and files.keys() >= set(names) else []
+
+
+def read_container(repo: str, files: list[RemoteFile], revision: str) -> md.Metadata | None:
+    """The metadata of a container on the Hub that consists of these files; None when it is none that we can read."""
+    found = [(file.path, _read_file(repo, file, revision)) for file in files]
+    documents = [(name, metadata) for name, metadata in found if metadata is not None]
+    if not files or len(documents) < len(files):
+        return None
+    try:
+        return documents[0][1] if len(files) == 1 else merge(documents)
+    except BadSet:
+        return None
+
+
+def _read_file(repo: str, file: RemoteFile, revision: str) -> md.Metadata | None:
+    """The metadata of one file, from two ranges of it."""
     from huggingface_hub import get_token, hf_hub_url
 
     url = hf_hub_url(repo, file.path, revision=revision)

@@ -16,9 +16,9 @@ import msgspec
 
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadDigest, HlwqError, HubUnreadable, IoFailure, Usage
+from hlwq_formats.file_set import open_set, whole_of
 from hlwq_formats.files import InputFile
 from hlwq_formats.paths import unsafe_path
-from hlwq_formats.reader import Reader
 
 from .. import __version__, conversion
 from ..dry_run import dry_run as plan_size
@@ -34,9 +34,9 @@ from .card import Container
 from .download import Remote, download, find_weights, is_wanted, resolve
 from .evaluation import Evaluation, read_evaluation
 from .gates import Check, check
-from .job import Job
+from .job import FileJob, Job
 from .push import Outcome, publish
-from .remote import list_files, list_tags, read_container
+from .remote import find_container, list_files, list_tags, read_container
 
 HANDOVER = "handover.json"
 Progress = Callable[[str, int, int], None]
@@ -86,13 +86,11 @@ def requantize(job: Job, work: Path, progress: Progress, *, dry_run: bool = Fals
     weights = sum(remote.files[name] for name in find_weights(remote) if not _is_cached(remote, name))
     _check_disk(Path(_cache_folder()), weights, "to fetch the model")
     model = download(remote)
-    jobs = [
-        (f, prepare(model, f.bits, recipe=f.recipe, sets=f.set, effort=f.effort, bpw=f.bpw, size=f.size))
-        for f in job.file
-    ]
+    jobs = [(f, _prepare(model, f)) for f in job.file]
     missing = [(f, prepared) for f, prepared in jobs if not _is_made(work / f.name, prepared)]
     planned = sum(plan_size(prepared, work / f.name).file_bytes for f, prepared in missing)
-    _check_disk(work, planned, "for the files")
+    once_more = max((prepared.split_size or 0 for _, prepared in missing), default=0)  # one part, while they are cut
+    _check_disk(work, planned + min(once_more, planned), "for the files")
     if job.evaluation is not None:
         _check_memory(sum(tensor.length for tensor in jobs[0][1].source.tensors))
     for f, prepared in missing:
@@ -101,7 +99,7 @@ def requantize(job: Job, work: Path, progress: Progress, *, dry_run: bool = Fals
     evaluations: dict[Path, Evaluation] = {}
     for f in job.file:
         progress(f"verifying {f.name}", 0, 0)
-        with Reader(work / f.name) as reader:
+        with open_set(work / f.name) as reader:
             reader.verify()
             inspection = inspect_reader(reader)
         found = None
@@ -126,6 +124,12 @@ def requantize(job: Job, work: Path, progress: Progress, *, dry_run: bool = Fals
     return result
 
 
+def _prepare(model: Path, f: FileJob) -> Prepared:
+    return prepare(
+        model, f.bits, recipe=f.recipe, sets=f.set, effort=f.effort, bpw=f.bpw, size=f.size, split_size=f.split_size
+    )
+
+
 def publish_handed(work: Path, digest: str, job: Job) -> Result:
     """Publish what `requantize` left in a folder, when it is still that: `digest` is of its handover.json.
 
@@ -142,10 +146,14 @@ def publish_handed(work: Path, digest: str, job: Job) -> Result:
     for handed in [*handover.containers, *handover.evaluations]:
         if unsafe_path(handed.name) or "/" in handed.name or hash_file(work / handed.name) != handed.sha256:
             raise BadDigest("is not the file that was handed over", file=handed.name)
-    if [handed.name for handed in handover.containers] != sorted(f.name for f in job.file):
+    wholes = {whole_of(handed.name) for handed in handover.containers}
+    if wholes != {f.name for f in job.file}:
         raise Usage("was made by a job with other files", file=HANDOVER)
     evaluations = [read_evaluation(work / handed.name) for handed in handover.evaluations]
     bundle = make_bundle([work / handed.name for handed in handover.containers], job.target.repo, evaluations)
+    found = {item.path: item.sha256 for item in bundle.items if isinstance(item.content, Path)}
+    if found != {handed.name: handed.sha256 for handed in handover.containers}:
+        raise BadDigest("some parts of a set are not those that were handed over", file=HANDOVER)
     source = bundle.containers[0].inspection.metadata.source
     commit = str(source.revision)
     result = Result(str(source.repo), commit, "stopped", bundle.containers, warnings=bundle.warnings)
@@ -169,11 +177,9 @@ def is_published(job: Job, remote: Remote) -> bool:
         files = list_files(job.target.repo, job.target.branch)
     except HubUnreadable:
         return False
-    if any(f.name not in files for f in job.file):
-        return False
     revisions = set()
     for f in job.file:
-        found = read_container(job.target.repo, files[f.name], job.target.branch)
+        found = read_container(job.target.repo, find_container(files, f.name), job.target.branch)
         if found is None or found.recipe != make_recipe(f.bits, f.recipe, f.set, f.effort, make_target(f.bpw, f.size)):
             return False
         if found.source.repo != remote.repo or found.tool.version != __version__:
@@ -197,12 +203,13 @@ def _is_same_model(remote: Remote, earlier: str) -> bool:
 
 def _is_made(path: Path, prepared: Prepared) -> bool:
     """Whether an earlier run of the same job has finished this file."""
-    if not path.exists():
-        return False
     try:
-        with Reader(path) as reader:
-            found = reader.metadata
+        with open_set(path) as reader:
+            found, split, size = reader.metadata, reader.parts[0].metadata.split, reader.header.file_len
     except HlwqError:
+        return False
+    limit = prepared.split_size
+    if limit != split.size if split is not None else limit is not None and size > limit:
         return False
     wanted = (prepared.source.provenance, prepared.recipe, __version__)
     return (found.source, found.recipe, found.tool.version) == wanted

@@ -14,7 +14,7 @@ import transformers
 from numpy.typing import NDArray
 
 from hlwq_formats.errors import Usage, escape
-from hlwq_formats.reader import Reader
+from hlwq_formats.file_set import open_set
 
 from ..evaluation.reference import Reference, load_reference, reference_key, store_reference
 from ..evaluation.results import Entry, Evaluation, Missing, TaskScore
@@ -100,7 +100,7 @@ def evaluate(
     """Measure each file in turn. `peers` adds other quantizers, `tasks` the tasks of lm-eval for every model."""
     inspections, warnings = [], []
     for file in files:  # what is wrong with a file shows before the hours begin
-        with Reader(file) as reader:
+        with open_set(file) as reader:
             inspections.append(inspect_reader(reader))
             warnings += other_source(reader, ground.digest)
     entries, missing, scored = [_source_entry(ground)], [], list[TaskScore]()

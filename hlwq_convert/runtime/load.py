@@ -15,6 +15,7 @@ import torch
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import BIT_PATTERNS, WEIGHT_DTYPES
 from hlwq_formats.errors import UnsupportedDtype, Usage
+from hlwq_formats.file_set import open_set
 from hlwq_formats.layout import numel
 from hlwq_formats.reader import Reader
 
@@ -83,7 +84,7 @@ def iter_tensors(
     that decode, by default one for each CPU that this process may use.
     """
     check_dtype(dtype)
-    with Reader(path) as reader:
+    with open_set(path) as reader:
         reader.verify_shared()
         yield from iter_reader(reader, list(reader.tensors), device, lambda _: dtype, workers)
 

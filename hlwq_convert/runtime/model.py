@@ -14,6 +14,7 @@ from transformers import initialization as init
 
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import NotAvailable, NotThisModel, Usage, escape
+from hlwq_formats.file_set import open_set
 from hlwq_formats.layout import numel
 from hlwq_formats.reader import Reader
 
@@ -55,7 +56,7 @@ def load_model(
     check_dtype(dtype)
     device = torch.device(device)
     folder = None if code is None else Path(code)
-    with Reader(path) as reader:
+    with open_set(path) as reader:
         reader.verify_shared()
         config = read_config(reader, folder)
         tokenizer = read_tokenizer(reader, config, folder)

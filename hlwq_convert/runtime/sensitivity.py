@@ -10,6 +10,7 @@ import torch
 
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import NotFromSource, UnsupportedFeature
+from hlwq_formats.file_set import open_set
 from hlwq_formats.layout import numel
 from hlwq_formats.reader import Reader
 
@@ -37,9 +38,9 @@ def measure_sensitivity(
     `output` is complete in itself after each tensor, the missing ones predicted; a run with the same settings
     continues it. `budget` is in seconds; progress is called with (tensors done, tensors in all).
     """
-    with Reader(noise) as reader:
+    with open_set(noise) as reader:
         if problems := other_source(reader, ground.digest):
-            raise NotFromSource(problems[0].removeprefix(f"{noise}: "), file=noise)
+            raise NotFromSource(problems[0].removeprefix(f"{reader.path}: "), file=noise)
         settings = ground.key | {"noise": reader.content_id}
         measured = {} if overwrite else continue_sensitivity(output, settings)
         stored = [t for t in reader.metadata.tensors if not isinstance(t, md.RawTensor | md.AliasTensor)]
