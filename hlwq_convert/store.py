@@ -69,7 +69,7 @@ class CannotDecode(Exception):
 
 
 class NotSmaller(Exception):
-    """Compressed, the codes of a tensor take no less, though its first chunk did."""
+    """Compression does not save 3 % of the codes of a tensor, though it did of its first chunk."""
 
 
 def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Choice]]) -> Iterator[md.StoredTensor]:
