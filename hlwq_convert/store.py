@@ -95,7 +95,7 @@ class CannotDecode(Exception):
 
 
 class NotSmaller(Exception):
-    """Compressed, the codes of a tensor take no less, though those of its first chunk did."""
+    """Compression does not save 3 % of the codes of a tensor, though it did of its first chunk."""
 
 
 def write_tensors(run: Run, tensors: Iterable[tuple[SourceTensor, Sequence[Output]]]) -> Iterator[Taken]:

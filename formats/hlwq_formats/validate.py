@@ -87,12 +87,12 @@ def _check_tensor(tensor: md.Tensor, stored: dict[str, md.StoredTensor], file: s
         raise bad(f"sections {kinds}, expected {list(expected)}")
     for section in tensor.sections:
         if section.kind == "codes" and section.zstd_codes is not UNSET:
-            _check_coded_codes(section, section.zstd_codes, n, expected["codes"], bad)
+            _check_coded(section, section.zstd_codes, n, expected["codes"], bad)
         else:
             _check_section(section, section.kind, expected[section.kind], file, tensor.name)
 
 
-def _check_coded_codes(
+def _check_coded(
     section: md.Section, packing: md.Zstd, n: int, packed_length: int, bad: Callable[[str], BadTensor]
 ) -> None:
     frames, n_codes = packing.frames, count_blocks(n) * BLOCK
