@@ -122,6 +122,7 @@ def _show_plan(job: Any, output: str, as_json: bool, quiet: bool) -> None:
     from ..report import human_bytes, print_inspection
 
     inspection = dry_run(job, output)
+    print_warnings(inspection.warnings, quiet=quiet)
     if as_json:
         print_json(inspection)
     elif not quiet:
