@@ -165,6 +165,7 @@ def _show_plan(jobs: list[Any], outputs: list[str], as_json: bool, quiet: bool) 
     from ..report import human_bytes, print_inspection
 
     inspections = dry_run_all(jobs, outputs)
+    print_warnings(_all_warnings(inspections), quiet=quiet)
     if as_json:
         _print_documents(inspections)
     elif not quiet:

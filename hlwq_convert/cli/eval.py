@@ -98,13 +98,13 @@ def _check(
 
 def _check_inputs(files: tuple[str, ...], packages: dict[str, str]) -> None:
     """Find out before the source takes its minutes what is missing: files, and packages (with the extra of each)."""
-    from hlwq_formats.reader import Reader
+    from hlwq_formats.file_set import open_set
 
     for package, extra in packages.items():
         if find_spec(package) is None:
             raise MissingInput(f"{package} is not installed", hint=f'pip install "hlwq-convert[{extra}]"')
     for file in files:
-        Reader(file).close()
+        open_set(file).close()
 
 
 def _measure_sensitivity(
