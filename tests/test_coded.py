@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from itertools import permutations
 from pathlib import Path
@@ -29,6 +30,7 @@ from hlwq_convert.verification import verify
 from hlwq_formats import bitpack
 from hlwq_formats import metadata as md
 from hlwq_formats.errors import BadData, BadDigest, BadFrames
+from hlwq_formats.file_set import open_set
 from hlwq_formats.layout import BLOCK, scalar_lengths
 from hlwq_formats.reader import Reader
 from hlwq_formats.sections import compress_codes, decompress_codes
@@ -248,6 +250,21 @@ def test_packed_in_memory(coded: Path) -> None:
         matrix = read_packed(reader, tensor, torch.bfloat16, torch.device("cpu"))
         assert packed_bytes(tensor) == sum(scalar_lengths(300_000, 5).values()) + BLOCK
     assert torch.equal(matrix.rows(0, 600, torch.bfloat16), h.load_state_dict(coded)["a.weight"])
+
+
+def test_compressed_codes_in_parts(coded: Path, source: Path, tmp_path: Path) -> None:
+    h.convert(source, tmp_path / "m.hlwq", effort="best", split_size=400_000)
+    paths = sorted(tmp_path.iterdir())
+    with open_set(tmp_path) as whole, Reader(coded) as one:
+        assert len(paths) == len(whole.parts) == 3
+        assert [part.header.incompat for part in whole.parts] == [5, 5, 5]
+        assert whole.content_id == one.content_id
+        whole.verify()
+        for tensor in one.metadata.tensors:
+            assert get_numpy(whole, tensor.name).tobytes() == get_numpy(one, tensor.name).tobytes()
+        with pytest.raises(BadDigest) as caught:
+            whole.check_packed(whole.stored_tensor(BIG), "0" * 64)  # type: ignore[arg-type]
+        assert caught.value.file == os.fspath(paths[1])
 
 
 def test_a_dry_run_is_an_upper_bound_and_says_so(coded: Path, source: Path, tmp_path: Path, run_tool: Run) -> None:

@@ -204,9 +204,12 @@ class SetReader(Reader):
         """As Reader.read_section."""
         return self._holder(kind, owner).read_section(kind, owner, section_kind)
 
-    def bad_chunk(self, tensor: md.TrellisTensor, number: int) -> BadFrames:
-        """As Reader.bad_chunk."""
-        return self._holders[tensor.name].bad_chunk(tensor, number)
+    def _bad_frames(self, tensor: md.QuantizedTensor, kind: md.Kind, problem: str) -> BadFrames:
+        return self._holders[tensor.name]._bad_frames(tensor, kind, problem)
+
+    def check_packed(self, tensor: md.ScalarTensor, found: str) -> None:
+        """As Reader.check_packed."""
+        self._holders[tensor.name].check_packed(tensor, found)
 
     def _bad_values(self, tensor: md.Tensor, kind: md.Kind, problem: str) -> BadValues:
         return self._holders[tensor.name]._bad_values(tensor, kind, problem)
