@@ -15,7 +15,7 @@ from hlwq_formats import rans
 from hlwq_formats.dtypes import BIT_PATTERNS, NUMPY, widen
 from hlwq_formats.errors import BadTensor, UnsupportedDtype
 from hlwq_formats.layout import BLOCK, numel
-from hlwq_formats.reader import Reader
+from hlwq_formats.reader import Memory, Reader
 
 from .parallel import call, default_workers, ordered_map
 from .quantize import CHUNK, ScalarCode
@@ -28,7 +28,7 @@ class CodeChunk:
 
     start: int  # flat index of the first weight
     count: int
-    packed: bytes
+    packed: bytes | memoryview
     scales: NDArray[np.float16]
 
 
@@ -37,11 +37,18 @@ def scalar_code(reader: Reader, tensor: md.ScalarTensor) -> ScalarCode:
     return ScalarCode(tensor.dtype, tensor.bits, tensor.exponent, reader.levels(tensor), reader.signs())
 
 
-def code_chunks(reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK) -> Iterator[CodeChunk]:
+def code_chunks(
+    reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK, into: Memory | None = None
+) -> Iterator[CodeChunk]:
     """The codes and scales of a tensor, `chunk` weights at a time. They are verified only at exhaustion: throw away
-    what was made of them when this raises."""
+    what was made of them when this raises. `into` gives memory for the codes, as in Reader.iter_section_into."""
     n = numel(tensor.shape)
-    codes = reader.iter_section("tensor", tensor.name, "codes", chunk * tensor.bits // 8)
+    size, name = chunk * tensor.bits // 8, tensor.name
+    codes: Iterator[bytes | memoryview] = (
+        reader.iter_section("tensor", name, "codes", size)
+        if into is None
+        else reader.iter_section_into("tensor", name, "codes", size, into)
+    )
     scales = reader.scale_chunks(tensor, chunk // BLOCK)
     starts = range(0, n, chunk)
     # strict: each section is read to its end, where it is verified

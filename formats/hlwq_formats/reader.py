@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, repeat
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 from msgspec import UnsetType
@@ -37,6 +38,10 @@ from .validate import validate
 CHUNK = 4 << 20
 MAX_LEVEL = 65504.0
 MAX_ROW_SCALE = 248  # times 128: the bits of infinity as a float16
+
+Memory = Callable[[int], memoryview]
+"""Gives writable memory of so many bytes, for something to be read to."""
+_Piece = TypeVar("_Piece", bytes, memoryview)
 
 SymbolCheck = Callable[[md.TrellisTensor, NDArray[np.uint16]], None]
 """Decode the symbols of a tensor, whose frequencies are given, and raise what is wrong with them."""
@@ -110,6 +115,36 @@ class Reader:
         Bytes are verified only once the iterator is exhausted: raises BadDigest then, and the caller must
         throw away what it made of them.
         """
+        yield from self._pieces(kind, owner, section_kind, chunk, self._file.read)
+
+    def iter_section_into(
+        self,
+        kind: str,
+        owner: str,
+        section_kind: md.Kind,
+        chunk: int | Sequence[int],
+        into: Memory,
+    ) -> Iterator[memoryview]:
+        """The same, each piece read to the writable memory that `into` gives for so many bytes."""
+
+        def read(offset: int, length: int) -> memoryview:
+            piece = into(length)
+            if isinstance(self._file, InputFile):
+                self._file.read_into(offset, piece)
+            else:
+                piece[:] = self._file.read(offset, length)
+            return piece
+
+        yield from self._pieces(kind, owner, section_kind, chunk, read)
+
+    def _pieces(
+        self,
+        kind: str,
+        owner: str,
+        section_kind: md.Kind,
+        chunk: int | Sequence[int],
+        read: Callable[[int, int], _Piece],
+    ) -> Iterator[_Piece]:
         i = self._index[kind, owner, section_kind]
         section, offset = self._sections[i], self._offsets[i]
         gap_start = self._offsets[i - 1] + self._sections[i - 1].length if i else HEADER_LEN
@@ -118,7 +153,7 @@ class Reader:
         for size in repeat(chunk) if isinstance(chunk, int) else chunk:
             if offset == end:
                 break
-            piece = self._file.read(offset, min(size, end - offset))
+            piece = read(offset, min(size, end - offset))
             offset += len(piece)
             digest.update(piece)
             yield piece

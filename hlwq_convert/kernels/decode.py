@@ -30,7 +30,7 @@ def _decode(
         store_block(result, 128 * b, narrow(weights, kind))
 
 
-Decoder = Callable[[bytes, NDArray[np.float16], NDArray[np.unsignedinteger]], None]
+Decoder = Callable[[bytes | memoryview, NDArray[np.float16], NDArray[np.unsignedinteger]], None]
 
 
 def decoder(code: ScalarCode, dtype: str) -> Decoder:
@@ -43,7 +43,7 @@ def decoder(code: ScalarCode, dtype: str) -> Decoder:
     settings = (power_of_two(code.exponent), levels, code.signs, KINDS[dtype])
     block_bytes = 16 * code.bits
 
-    def decode(packed: bytes, scales: NDArray[np.float16], result: NDArray[np.unsignedinteger]) -> None:
+    def decode(packed: bytes | memoryview, scales: NDArray[np.float16], result: NDArray[np.unsignedinteger]) -> None:
         bits = scales.view(np.uint16)
         # the kernel reads a little beyond each block and writes whole ones: the last goes through a copy
         inner = len(scales) - 1

@@ -1,0 +1,166 @@
+"""Decode chunks of a trellis on a GPU, one warp a chunk and one thread a lane: rans.decode, then trellis.dequantize and
+dtypes.narrow, with the same bits (spec section 6.7).
+
+A lane has 128 indices, a block, after 128 turns: it puts them aside, four by four, in a scratch of its own, and
+transforms what it has put there. So no index moves between threads, and both parts are short loops.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hlwq_formats.rans import LANES, LOWEST, PRECISION, SEGMENT
+
+from .triton_block import INTERPRETED, flip, fwht, join_block, join_quad, narrow, part
+
+SCRATCH = LANES * 128
+"""Float32 numbers that a program puts aside."""
+
+_LANES, _LOWEST, _PRECISION, _SEGMENT = (tl.constexpr(x) for x in (LANES, LOWEST, PRECISION, SEGMENT))
+_MASK = tl.constexpr((1 << PRECISION) - 1)
+
+
+_RANK = tl.constexpr("""{
+    .reg .pred p; .reg .b32 all, below;
+    setp.ne.s32 p, $2, 0;
+    vote.sync.ballot.b32 all, p, 0xffffffff;
+    mov.u32 below, %lanemask_lt;
+    and.b32 below, below, all;
+    popc.b32 $0, below;
+    popc.b32 $1, all;
+}""")
+"""How many lanes of the warp before this one have 1, and how many in all."""
+
+
+@part
+def _four_turns(
+    words: tl.tensor, end: tl.tensor, position: tl.tensor, state: tl.tensor, at: tl.tensor, active: tl.tensor,
+    symbols: tl.tensor, spans: tl.tensor, width: tl.tensor, escape0: tl.tensor, escape1: tl.tensor, h0: tl.tensor,
+    h1: tl.tensor,
+) -> tl.tuple:  # fmt: skip
+    """Four indices of each lane as float32 (32, 4), and what follows them: the position in the stream, the states of
+    the coder and of the trellis. No part of its own for the smaller steps: the interpreter takes long to enter one."""
+    x = ()
+    for _ in tl.static_range(4):
+        parity = at & 1
+        slot = state & _MASK
+        symbol = tl.load(symbols + ((parity << _PRECISION) | slot)).to(tl.int32)
+        span = tl.load(spans + (parity * width + symbol)).to(tl.uint32, bitcast=True)
+        coded = (span & 0xFFFF) * (state >> _PRECISION) + slot.to(tl.uint32) - (span >> 16)
+        escaped = (active & (symbol == tl.where(parity == 0, escape0, escape1))).to(tl.int32)
+        is_empty = active & (coded < _LOWEST)
+        empty = is_empty.to(tl.int32)
+        if INTERPRETED:
+            escapes_before, all_escapes = tl.cumsum(escaped, 0) - escaped, tl.sum(escaped, 0)
+            empty_before, all_empty = tl.cumsum(empty, 0) - empty, tl.sum(empty, 0)
+        else:
+            escapes_before, all_escapes = tl.inline_asm_elementwise(
+                _RANK, "=r,=r,r", [escaped], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
+            )
+            empty_before, all_empty = tl.inline_asm_elementwise(
+                _RANK, "=r,=r,r", [empty], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
+            )
+        # an escaped symbol lies before the word that fills its lane's state up again
+        place = position + escapes_before + empty_before
+        more = tl.load(words + place, mask=(escaped == 1) & (place < end), other=0).to(tl.uint16, bitcast=True)
+        place += escaped
+        word = tl.load(words + place, mask=is_empty & (place < end), other=0).to(tl.uint16, bitcast=True)
+        position += all_escapes + all_empty
+        state = tl.where(active, tl.where(is_empty, (coded << 16) | word.to(tl.uint32), coded), state)
+        symbol += more.to(tl.int32)
+        k = (symbol >> 1) ^ -(symbol & 1)
+        x += ((2 * k + parity).to(tl.float32),)
+        at = (at >> 1) ^ (parity * h0) ^ ((k & 1) * h1)
+    return join_quad(x[0], x[1], x[2], x[3]), position, state, at
+
+
+@part
+def _row_factors(factors: tl.tensor, n_rows: tl.tensor, row: tl.tensor, first: tl.tensor, i: tl.constexpr) -> tl.tensor:
+    """(n, 4) factors of the weights 4 i .. 4 i + 3 of the blocks whose first weights have flat indices `first`."""
+    place = first // row
+    left = tl.minimum(row - (first - place * row), 1 << 20).to(tl.int32)  # weights until the next row begins
+    beyond = (4 * i + tl.arange(0, 4))[None, :] - left[:, None]
+    rows = tl.where(beyond < 0, 0, 1 + beyond // tl.minimum(row, 1 << 20).to(tl.int32))
+    return tl.load(factors + tl.minimum(place[:, None] + rows, n_rows - 1))
+
+
+@part
+def _once_more(word: tl.tensor) -> tl.tensor:
+    """Four times `word`, of which the compiler does not know that it is the same in every turn of a loop: it would keep
+    128 signs in registers that are not there."""
+    words = word + 0 * tl.arange(0, 4)
+    if INTERPRETED:
+        return words
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit(do_not_specialize=["first_chunk", "n_blocks", "h0", "h1", "width", "escape0", "escape1", "n_rows"])
+def decode_chunks(
+    words: tl.tensor, places: tl.tensor, first_chunk: tl.tensor, symbols: tl.tensor, spans: tl.tensor,
+    width: tl.tensor, escape0: tl.tensor, escape1: tl.tensor, h0: tl.tensor, h1: tl.tensor, factors: tl.tensor,
+    n_rows: tl.tensor, row: tl.tensor, s0: tl.tensor, s1: tl.tensor, s2: tl.tensor, s3: tl.tensor,
+    scratch: tl.tensor, result: tl.tensor, last: tl.tensor, n_blocks: tl.tensor, n_whole: tl.tensor,
+    good: tl.tensor, even_rows: tl.constexpr,
+) -> None:  # fmt: skip
+    """Decode a chunk each: program c that from word places[c] on, the tensor's number first_chunk + c.
+
+    words: (places[-1],) int16; places: (programs + 1,) int64; symbols: (2 << 14,) int16, the symbol of every slot,
+    even before odd; spans: (2 * width,) int32, of kernels.rans.KernelTables; escape0, escape1: the escapes of both;
+    h0, h1: of rans.taps; factors: (n_rows,) float32, unit times scale of each row of `row` weights, `even_rows` if
+    `row` is a multiple of 128; s0..s3: the 128 sign bits as int32; scratch: (programs, SCRATCH) float32; result: the
+    weights of the tensor, `n_whole` whole blocks of them, from the first of these chunks on; last: (128,) like it,
+    the block after those; good: (programs,) int32, 1 for a chunk that is what an encoder writes. `n_blocks` is
+    counted from the first of these chunks too.
+    """
+    chunk = tl.program_id(0)
+    lane = tl.arange(0, _LANES)
+    start = tl.load(places + chunk)
+    end = (tl.load(places + chunk + 1) - start).to(tl.int32)
+    words += start
+    scratch += chunk * (_LANES * 128)
+    first_block = chunk * 2048
+    blocks = tl.minimum(n_blocks - first_block, 2048)
+    segments = (blocks + 7) // 8
+    used = lane < segments
+    inside = used & (2 * lane + 1 < end)
+    high = tl.load(words + 2 * lane, mask=inside, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    low = tl.load(words + 2 * lane + 1, mask=inside, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    state = tl.where(used, (high << 16) | low, _LOWEST).to(tl.uint32)
+    fine = state >= _LOWEST
+    position = 2 * tl.minimum(segments, _LANES) + 0 * lane
+    quad = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
+    kind: tl.constexpr = result.dtype.element_ty
+    group = 0
+    while group < segments:
+        at = 0 * lane
+        j = 0
+        while j < tl.minimum(8, blocks - 8 * group):
+            block = 8 * (group + lane) + j
+            active = block < blocks
+            for q in range(32):
+                x, position, state, at = _four_turns(
+                    words, end, position, state, at, active, symbols, spans, width, escape0, escape1, h0, h1
+                )
+                tl.store(scratch + q * 128 + quad, x, cache_modifier=".cg")
+            tl.debug_barrier()
+            x = ()
+            for i in tl.static_range(32):
+                x += (tl.load(scratch + i * 128 + quad, cache_modifier=".cg"),)
+            x = fwht(x)
+            first = ((first_chunk + chunk).to(tl.int64) * 2048 + block) * 128
+            factor = tl.load(factors + tl.minimum(first // row, n_rows - 1))[:, None]
+            f0, f1, f2, f3 = _once_more(s0), _once_more(s1), _once_more(s2), _once_more(s3)
+            y = ()
+            for i in tl.static_range(32):
+                if not even_rows:
+                    factor = _row_factors(factors, n_rows, row, first, i)
+                y += (narrow(flip(factor * x[i], f0, f1, f2, f3, i), kind),)
+            number = first_block + block
+            place = tl.where(number < n_whole, result + number.to(tl.int64) * 128, last)
+            tl.store(place[:, None] + tl.arange(0, 128)[None, :], join_block(y), mask=active[:, None])
+            tl.debug_barrier()
+            j += 1
+        group += _LANES
+    fine = fine & (state == _LOWEST) & (position == end)
+    tl.store(good + chunk, tl.min(fine.to(tl.int32), 0))
