@@ -40,6 +40,12 @@ def can_run_kernels() -> bool:
     return True
 
 
+def sign_words(signs: NDArray[np.float32]) -> list[int]:
+    """(128,) signs as four signed 32-bit words of sign bits."""
+    bits: list[int] = np.packbits(signs < 0, bitorder="little").view("<i4").tolist()
+    return bits
+
+
 def find_devices(device: str) -> list[torch.device]:
     """The GPUs that "cuda" (all) or "cuda:N" (one) stands for. Raises NoDevice (69)."""
     hint = "leave out --device to use the CPU"

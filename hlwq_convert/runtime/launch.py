@@ -19,6 +19,7 @@ from ..kernels.triton_decode import decode_blocks
 from ..kernels.triton_encode import encode_blocks
 from ..quantize import ScalarCode, power_of_two
 from ..scalar import gains_of
+from .gpu import sign_words
 
 ROWS = 32
 """Blocks that a program decodes, one a thread: one warp, so that no thread waits for those of another."""
@@ -30,12 +31,6 @@ launching = threading.Lock()
 """Triton compiles a kernel in every thread that finds it not compiled: one at a time, so that it is done once."""
 
 OWN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-def sign_words(signs: NDArray[np.float32]) -> list[int]:
-    """(128,) signs as four signed 32-bit words of sign bits."""
-    bits: list[int] = np.packbits(signs < 0, bitorder="little").view("<i4").tolist()
-    return bits
 
 
 @dataclass(frozen=True)

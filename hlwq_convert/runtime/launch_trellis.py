@@ -13,7 +13,8 @@ from hlwq_formats.layout import BLOCK, count_blocks
 from ..kernels.rans import KernelTables
 from ..kernels.triton_rans import SCRATCH, decode_chunks
 from ..trellis import TrellisCode, scale_values
-from .launch import launching, sign_words
+from .gpu import sign_words
+from .launch import launching
 
 DECODING: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False, "maxnreg": 168}
 """Twelve warps on a multiprocessor; with more of them, registers would not hold a block."""

@@ -16,6 +16,8 @@ from .packed import PackedMatrix
 
 _CHUNK = 1 << 21
 """Weights that are decoded at once in a forward pass."""
+_GPU_CHUNK = 1 << 26
+"""The same on a GPU, which is idle between small pieces."""
 
 
 class Rotation:
@@ -58,9 +60,11 @@ class HlwqLinear(_Packed, nn.Linear):  # type: ignore[override]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
         rows, matrix = self.matrix.rows, self.matrix
-        if matrix.whole_blocks:
+        if matrix.can_multiply(x):
+            return matrix.multiply(self.rotation(x, matrix), self.bias, x.dtype)
+        if matrix.whole_blocks and not matrix.on_gpu:
             x, rows = self.rotation(x, matrix), matrix.rotated_rows
-        step = max(1, _CHUNK // matrix.shape[1])
+        step = max(1, (_GPU_CHUNK if matrix.on_gpu else _CHUNK) // matrix.shape[1])
         starts = range(0, matrix.shape[0], step)
         parts = []
         for start in starts:
