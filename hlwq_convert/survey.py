@@ -46,8 +46,8 @@ class Surveyed:
     zeros: int = 0
 
 
-MakeEncoder = Callable[[ScalarCode], Callable[[bytes], EncodedChunk]]
-"""kernels.encode.encoder, or its like for another device."""
+MakeEncoder = Callable[[ScalarCode | TrellisCode], Encode]
+"""What encodes the chunks of a tensor on the CPU or on another device, with the same bits."""
 
 
 class Stopped(Exception):
@@ -83,30 +83,26 @@ def survey(
     code: ScalarCode | TrellisCode
     if energies is not None and choice.step is not None:
         scales = row_scales(energies.energies, row, exponent)
-        code, encode = _fit_trellis(model, tensor, exponent, choice.step, scales, effort)
+        code = _fit_trellis(model, tensor, exponent, choice.step, scales, effort)
         if not is_storable(code):
             return Surveyed(tensor, f"its weights of up to {largest:g} are at an end of the range of floats")
     else:
-        code, encode = _fit_scalar(model, tensor, exponent, choice.bits or 0, effort, make_encoder)
-    return Surveyed(tensor, choice.reason, digest.hexdigest(), code, encode, zeros)
+        code = _fit_scalar(model, tensor, exponent, choice.bits or 0, effort)
+    return Surveyed(tensor, choice.reason, digest.hexdigest(), code, make_encoder(code), zeros)
 
 
-def _fit_scalar(
-    model: ModelDir, tensor: SourceTensor, exponent: int, bits: int, effort: Effort, make_encoder: MakeEncoder
-) -> tuple[ScalarCode, Encode]:
+def _fit_scalar(model: ModelDir, tensor: SourceTensor, exponent: int, bits: int, effort: Effort) -> ScalarCode:
     from .kernels.fit import fit
 
     signs = sign_vector()
     sample = b"".join(raw for _, raw in _sample(model, tensor))
-    code = ScalarCode(tensor.dtype, bits, exponent, fit(sample, tensor.dtype, exponent, signs, bits), signs, effort)
-    encode = make_encoder(code)
-    return code, lambda raw, start: encode(raw)
+    return ScalarCode(tensor.dtype, bits, exponent, fit(sample, tensor.dtype, exponent, signs, bits), signs, effort)
 
 
 def _fit_trellis(
     model: ModelDir, tensor: SourceTensor, exponent: int, step: float, scales: NDArray[np.uint8], effort: Effort
-) -> tuple[TrellisCode, Encode]:
-    from .kernels.trellis import encoder, load_steps, search_segments
+) -> TrellisCode:
+    from .kernels.trellis import load_steps, search_segments
 
     row, states = row_of(tensor.shape), STATES[effort]
     code = plain_code(tensor.dtype, row, states, exponent, step, scales, sign_vector())
@@ -114,8 +110,7 @@ def _fit_trellis(
     segments = np.zeros((-(-len(steps) // SEGMENT), SEGMENT), np.float32)
     segments.ravel()[: len(steps)] = steps
     indices = search_segments(segments, np.float32(1), states)
-    code = fit(code, steps, indices.ravel()[: len(steps)])
-    return code, encoder(code)
+    return fit(code, steps, indices.ravel()[: len(steps)])
 
 
 def _pieces(tensor: SourceTensor) -> list[tuple[int, int]]:

@@ -21,6 +21,7 @@ from hlwq_formats.errors import NoDevice, escape
 from hlwq_formats.layout import BLOCK
 
 from ..quantize import EncodedChunk, ScalarCode
+from ..survey import Encode, MakeEncoder
 from ..trellis import TrellisCode
 
 TRELLIS_RUN = 64
@@ -108,15 +109,18 @@ def _lane(device: torch.device) -> _Lane:
     return lanes[device]
 
 
-def make_encoders(device: str) -> Callable[[ScalarCode], Callable[[bytes], EncodedChunk]]:
-    """A function like kernels.encode.encoder whose encoders work on `device`, one GPU after another in turn."""
+def make_encoders(device: str) -> MakeEncoder:
+    """What makes encoders that work on `device`, one GPU after another in turn."""
     turns = itertools.cycle(find_devices(device))
     lock = threading.Lock()
 
-    def make(code: ScalarCode) -> Callable[[bytes], EncodedChunk]:
+    def make(code: ScalarCode | TrellisCode) -> Encode:
         with lock:
             mine = next(turns)
-        return encoder(code, mine)
+        if isinstance(code, TrellisCode):
+            return trellis_encoder(code, mine)
+        encode = encoder(code, mine)
+        return lambda raw, start: encode(raw)
 
     return make
 
@@ -145,6 +149,26 @@ def encoder(code: ScalarCode, device: torch.device) -> Callable[[bytes], Encoded
         return join(chunk, on_cpu(rest)) if rest else chunk  # the padded block, once a tensor
 
     return encode
+
+
+def trellis_encoder(code: TrellisCode, device: torch.device) -> Encode:
+    """trellis.quantize for chunks of one tensor with the same bits: a GPU finds the indices, the CPU codes them."""
+    from ..kernels.trellis import encoder as encoder_on_cpu
+    from .launch_trellis import DeviceSearch
+
+    on_device = DeviceSearch(code, device)
+
+    def find(raw: bytes, start: int) -> NDArray[np.int32]:
+        n_blocks = -(-len(raw) * 8 // (ITEM_BITS[code.dtype] * BLOCK))
+        lane = _lane(device)
+        with torch.cuda.device(device), torch.cuda.stream(lane.stream):
+            claimed = lane.claim(n_blocks * BLOCK * ITEM_BITS[code.dtype] // 8)
+            claimed[: len(raw)] = np.frombuffer(raw, np.uint8)
+            claimed[len(raw) :] = 0
+            indices = on_device.find(lane.send().view(torch.int32), start, n_blocks)
+            return lane.fetch(indices[: n_blocks * BLOCK].view(torch.uint8)).numpy().view(np.int32)
+
+    return encoder_on_cpu(code, find)
 
 
 class _TensorDecoder:

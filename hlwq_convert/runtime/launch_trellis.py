@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,23 @@ import torch
 
 from hlwq_formats import rans
 from hlwq_formats.layout import BLOCK, count_blocks
+from hlwq_formats.rans import SEGMENT
 
 from ..kernels.rans import KernelTables
+from ..kernels.triton_block import KINDS
 from ..kernels.triton_rans import SCRATCH, decode_chunks
-from ..trellis import TrellisCode, scale_values
+from ..kernels.triton_viterbi import LANES, find_steps, walk_back, walk_forward
+from ..quantize import power_of_two
+from ..trellis import TrellisCode, inverse_scales, scale_values
 from .gpu import sign_words
-from .launch import launching
+from .launch import OWN, launching
 
 DECODING: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False, "maxnreg": 168}
 """Twelve warps on a multiprocessor; with more of them, registers would not hold a block."""
+
+
+STEPPING: dict[str, Any] = {"rows": 16, "num_warps": 2, "enable_fp_fusion": False}
+SEARCHING: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
 
 
 class DeviceTrellis:
@@ -54,3 +63,61 @@ class DeviceTrellis:
                 count_blocks(len(result)), len(result) // BLOCK, good, even_rows=self._row % BLOCK == 0, **DECODING,
             )  # fmt: skip
         return good
+
+
+@cache
+def trellis_in_place(states: int, length: int) -> tuple[torch.Tensor, ...]:
+    """The tables of kernels.triton_viterbi, int32: for each turn `masks` and `parities`, and after the last one the
+    state of each place, `labels`, and the place of each state."""
+    h0, h1 = rans.taps(states)
+    label = np.arange(states)
+    bits = 1 << np.arange(states.bit_length() - 1)
+    masks, parities = np.empty(length, np.int32), np.empty(length, np.int32)
+    for t in range(length):
+        masks[t] = np.argmax(label == 2 * h1)
+        parities[t] = ((label[bits] & 1) * bits).sum()
+        label = (label >> 1) ^ (label & 1) * h0
+    tables = masks, parities, label.astype(np.int32), np.argsort(label).astype(np.int32)
+    return tuple(torch.from_numpy(table) for table in tables)
+
+
+class DeviceSearch:
+    """Finds the indices of a tensor, on a device."""
+
+    def __init__(self, code: TrellisCode, device: torch.device) -> None:
+        self._code = code
+        self._factors = torch.from_numpy(inverse_scales(code.row_scales)).to(device)
+        self._signs = torch.from_numpy(code.signs * np.float32(0)).to(OWN[code.dtype]).view(torch.int32).to(device)
+        self._tables = [table.to(device) for table in trellis_in_place(code.states, SEGMENT)]
+
+    def find(self, items: torch.Tensor, first: int, n_blocks: int) -> torch.Tensor:
+        """(n_segments * 1024,) int32 indices of n_blocks whole blocks of weights, of flat indices from `first` on, as
+        int32 aligned to 16 bytes. Behind the last block they are those of zeros."""
+        code, n_segments = self._code, -(-n_blocks * BLOCK // SEGMENT)
+        n_padded = n_segments * SEGMENT // BLOCK
+        steps = torch.empty(n_segments * SEGMENT, dtype=torch.float32, device=items.device)
+        with launching:
+            find_steps[-(-n_padded // STEPPING["rows"]),](
+                items, float(power_of_two(-code.exponent)), self._signs, self._factors, len(self._factors), code.row,
+                first, float(code.per_step), steps, n_blocks, n_padded, kind=KINDS[code.dtype],
+                even_rows=code.row % BLOCK == 0, **STEPPING,
+            )  # fmt: skip
+        return search(steps.view(n_segments, SEGMENT), code.states, self._tables)
+
+
+def search(steps: torch.Tensor, states: int, tables: list[torch.Tensor]) -> torch.Tensor:
+    """trellis.search of (n, length) float32 coordinates, `length` a multiple of 32: (n * length,) int32."""
+    masks, parities, labels, places = tables
+    n, length = steps.shape
+    programs, device = -(-n * min(states, LANES) // LANES), steps.device
+    decisions = torch.empty(programs * max(1, states // LANES) * length, dtype=torch.int32, device=device)
+    ends = torch.empty(n, dtype=torch.int32, device=device)
+    indices = torch.empty(n * length, dtype=torch.int32, device=device)
+    with launching:
+        walk_forward[programs,](
+            steps, masks, parities, labels, decisions, ends, n, states=states, length=length, **SEARCHING
+        )
+        walk_back[-(-n // LANES),](
+            steps, masks, parities, places, decisions, ends, indices, n, states=states, length=length, **SEARCHING
+        )
+    return indices
