@@ -34,13 +34,34 @@ _RANK = tl.constexpr("""{
 
 
 @part
+def _from_lane(x: tl.tensor, lane: tl.tensor) -> tl.tensor:
+    """What lane `lane` % 32 of the warp has in a (32,) int32."""
+    if INTERPRETED:
+        return tl.gather(x, lane & 31, 0)
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [x, lane], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@part
+def _load_line(pairs: tl.tensor, line: tl.tensor, end: tl.tensor) -> tl.tensor:
+    """The 64 words of a line of the stream, two a lane; zeros behind the end."""
+    place = line * 32 + tl.arange(0, _LANES)
+    return tl.load(pairs + place, mask=2 * place < end, other=0)
+
+
+@part
 def _four_turns(
-    words: tl.tensor, end: tl.tensor, position: tl.tensor, state: tl.tensor, at: tl.tensor, active: tl.tensor,
-    symbols: tl.tensor, spans: tl.tensor, width: tl.tensor, escape0: tl.tensor, escape1: tl.tensor, h0: tl.tensor,
-    h1: tl.tensor,
+    words: tl.tensor, end: tl.tensor, here: tl.tensor, after: tl.tensor, line: tl.tensor, position: tl.tensor,
+    state: tl.tensor, at: tl.tensor, active: tl.tensor, symbols: tl.tensor, spans: tl.tensor, width: tl.tensor,
+    escape0: tl.tensor, escape1: tl.tensor, h0: tl.tensor, h1: tl.tensor,
 ) -> tl.tuple:  # fmt: skip
     """Four indices of each lane as float32 (32, 4), and what follows them: the position in the stream, the states of
-    the coder and of the trellis. No part of its own for the smaller steps: the interpreter takes long to enter one."""
+    the coder and of the trellis. `here` and `after` are line number `line` of the stream and the next one: what lies
+    behind them, more than an encoder writes for so few turns, is fetched from memory.
+
+    No part of its own for the smaller steps: the interpreter takes long to enter one.
+    """
     x = ()
     for _ in tl.static_range(4):
         parity = at & 1
@@ -65,7 +86,11 @@ def _four_turns(
         place = position + escapes_before + empty_before
         more = tl.load(words + place, mask=(escaped == 1) & (place < end), other=0).to(tl.uint16, bitcast=True)
         place += escaped
-        word = tl.load(words + place, mask=is_empty & (place < end), other=0).to(tl.uint16, bitcast=True)
+        at_hand = place - line * 64
+        pair = tl.where((at_hand & 64) == 0, _from_lane(here, at_hand >> 1), _from_lane(after, at_hand >> 1))
+        word = (pair >> (16 * (place & 1))).to(tl.int16)
+        word = tl.load(words + place, mask=is_empty & (at_hand >= 128) & (place < end), other=word)
+        word = word.to(tl.uint16, bitcast=True)
         position += all_escapes + all_empty
         state = tl.where(active, tl.where(is_empty, (coded << 16) | word.to(tl.uint32), coded), state)
         symbol += more.to(tl.int32)
@@ -105,30 +130,36 @@ def decode_chunks(
 ) -> None:  # fmt: skip
     """Decode a chunk each: program c that from word places[c] on, the tensor's number first_chunk + c.
 
-    words: (places[-1],) int16; places: (programs + 1,) int64; symbols: (2 << 14,) int16, the symbol of every slot,
-    even before odd; spans: (2 * width,) int32, of kernels.rans.KernelTables; escape0, escape1: the escapes of both;
-    h0, h1: of rans.taps; factors: (n_rows,) float32, unit times scale of each row of `row` weights, `even_rows` if
-    `row` is a multiple of 128; s0..s3: the 128 sign bits as int32; scratch: (programs, SCRATCH) float32; result: the
-    weights of the tensor, `n_whole` whole blocks of them, from the first of these chunks on; last: (128,) like it,
-    the block after those; good: (programs,) int32, 1 for a chunk that is what an encoder writes. `n_blocks` is
-    counted from the first of these chunks too.
+    words: (places[-1],) int16, aligned and padded to four bytes; places: (programs + 1,) int64; symbols: (2 << 14,)
+    uint8 or int16, the symbol of every slot, even before odd; spans: (2 * width,) int32, of kernels.rans.KernelTables;
+    escape0, escape1: the escapes of both; h0, h1: of rans.taps; factors: (n_rows,) float32, unit times scale of each
+    row of `row` weights, `even_rows` if `row` is a multiple of 128; s0..s3: the 128 sign bits as int32; scratch:
+    (programs, SCRATCH) float32; result: the weights of the tensor, `n_whole` whole blocks of them, from the first of
+    these chunks on; last: (128,) like it, the block after those; good: (programs,) int32, 1 for a chunk that is what an
+    encoder writes. `n_blocks` is counted from the first of these chunks too.
     """
     chunk = tl.program_id(0)
     lane = tl.arange(0, _LANES)
+    # a stream begins at any word, and lines of it at even ones
     start = tl.load(places + chunk)
-    end = (tl.load(places + chunk + 1) - start).to(tl.int32)
-    words += start
+    odd = (start & 1).to(tl.int32)
+    end = (tl.load(places + chunk + 1) - start).to(tl.int32) + odd
+    words += start - odd
+    pairs = words.to(tl.pointer_type(tl.int32), bitcast=True)
     scratch += chunk * (_LANES * 128)
     first_block = chunk * 2048
     blocks = tl.minimum(n_blocks - first_block, 2048)
     segments = (blocks + 7) // 8
     used = lane < segments
-    inside = used & (2 * lane + 1 < end)
-    high = tl.load(words + 2 * lane, mask=inside, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
-    low = tl.load(words + 2 * lane + 1, mask=inside, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    place = odd + 2 * lane
+    inside = used & (place + 1 < end)
+    high = tl.load(words + place, mask=inside, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    low = tl.load(words + place + 1, mask=inside, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
     state = tl.where(used, (high << 16) | low, _LOWEST).to(tl.uint32)
     fine = state >= _LOWEST
-    position = 2 * tl.minimum(segments, _LANES) + 0 * lane
+    position = odd + 2 * tl.minimum(segments, _LANES) + 0 * lane
+    line = 0
+    here, after, later = _load_line(pairs, 0, end), _load_line(pairs, 1, end), _load_line(pairs, 2, end)
     quad = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
     kind: tl.constexpr = result.dtype.element_ty
     group = 0
@@ -139,9 +170,13 @@ def decode_chunks(
             block = 8 * (group + lane) + j
             active = block < blocks
             for q in range(32):
+                while tl.max(position, 0) >= 64 * line + 64:  # `later` has had time to arrive
+                    line += 1
+                    here, after, later = after, later, _load_line(pairs, line + 2, end)
                 x, position, state, at = _four_turns(
-                    words, end, position, state, at, active, symbols, spans, width, escape0, escape1, h0, h1
-                )
+                    words, end, here, after, line, position, state, at, active, symbols, spans, width, escape0, escape1,
+                    h0, h1,
+                )  # fmt: skip
                 tl.store(scratch + q * 128 + quad, x, cache_modifier=".cg")
             tl.debug_barrier()
             x = ()
@@ -157,8 +192,8 @@ def decode_chunks(
                     factor = _row_factors(factors, n_rows, row, first, i)
                 y += (narrow(flip(factor * x[i], f0, f1, f2, f3, i), kind),)
             number = first_block + block
-            place = tl.where(number < n_whole, result + number.to(tl.int64) * 128, last)
-            tl.store(place[:, None] + tl.arange(0, 128)[None, :], join_block(y), mask=active[:, None])
+            to = tl.where(number < n_whole, result + number.to(tl.int64) * 128, last)
+            tl.store(to[:, None] + tl.arange(0, 128)[None, :], join_block(y), mask=active[:, None])
             tl.debug_barrier()
             j += 1
         group += _LANES
