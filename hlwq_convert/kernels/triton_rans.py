@@ -1,8 +1,8 @@
 """Decode chunks of a trellis on a GPU, one warp a chunk and one thread a lane: rans.decode, then trellis.dequantize and
 dtypes.narrow, with the same bits (spec section 6.7).
 
-A lane has 128 indices, a block, after 128 turns: it puts them aside, four by four, in a scratch of its own, and
-transforms what it has put there. So no index moves between threads, and both parts are short loops.
+After 128 turns each lane has a block of indices. They are put aside, four by four, and blocks are transformed eight at
+a time by four lanes each, so that a warp needs few registers and a multiprocessor has room for many.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import triton.language as tl
 
 from hlwq_formats.rans import LANES, LOWEST, PRECISION, SEGMENT
 
-from .triton_block import INTERPRETED, flip, fwht, join_block, join_quad, narrow, part
+from .triton_block import INTERPRETED, join_quad, part
+from .triton_lanes import flip, fwht, load_block, multiply, narrow, row_factors, store_block
 
 SCRATCH = LANES * 128
 """Float32 numbers that a program puts aside."""
@@ -100,43 +101,22 @@ def _four_turns(
     return join_quad(x[0], x[1], x[2], x[3]), position, state, at
 
 
-@part
-def _row_factors(factors: tl.tensor, n_rows: tl.tensor, row: tl.tensor, first: tl.tensor, i: tl.constexpr) -> tl.tensor:
-    """(n, 4) factors of the weights 4 i .. 4 i + 3 of the blocks whose first weights have flat indices `first`."""
-    place = first // row
-    left = tl.minimum(row - (first - place * row), 1 << 20).to(tl.int32)  # weights until the next row begins
-    beyond = (4 * i + tl.arange(0, 4))[None, :] - left[:, None]
-    rows = tl.where(beyond < 0, 0, 1 + beyond // tl.minimum(row, 1 << 20).to(tl.int32))
-    return tl.load(factors + tl.minimum(place[:, None] + rows, n_rows - 1))
-
-
-@part
-def _once_more(word: tl.tensor) -> tl.tensor:
-    """Four times `word`, of which the compiler does not know that it is the same in every turn of a loop: it would keep
-    128 signs in registers that are not there."""
-    words = word + 0 * tl.arange(0, 4)
-    if INTERPRETED:
-        return words
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
-
-
 @triton.jit(do_not_specialize=["first_chunk", "n_blocks", "h0", "h1", "width", "escape0", "escape1", "n_rows"])
 def decode_chunks(
     words: tl.tensor, places: tl.tensor, first_chunk: tl.tensor, symbols: tl.tensor, spans: tl.tensor,
     width: tl.tensor, escape0: tl.tensor, escape1: tl.tensor, h0: tl.tensor, h1: tl.tensor, factors: tl.tensor,
-    n_rows: tl.tensor, row: tl.tensor, s0: tl.tensor, s1: tl.tensor, s2: tl.tensor, s3: tl.tensor,
-    scratch: tl.tensor, result: tl.tensor, last: tl.tensor, n_blocks: tl.tensor, n_whole: tl.tensor,
-    good: tl.tensor, even_rows: tl.constexpr,
+    n_rows: tl.tensor, row: tl.tensor, signs: tl.tensor, scratch: tl.tensor, result: tl.tensor, last: tl.tensor,
+    n_blocks: tl.tensor, n_whole: tl.tensor, good: tl.tensor, kind: tl.constexpr, even_rows: tl.constexpr,
 ) -> None:  # fmt: skip
     """Decode a chunk each: program c that from word places[c] on, the tensor's number first_chunk + c.
 
     words: (places[-1],) int16, aligned and padded to four bytes; places: (programs + 1,) int64; symbols: (2 << 14,)
     uint8 or int16, the symbol of every slot, even before odd; spans: (2 * width,) int32, of kernels.rans.KernelTables;
     escape0, escape1: the escapes of both; h0, h1: of rans.taps; factors: (n_rows,) float32, unit times scale of each
-    row of `row` weights, `even_rows` if `row` is a multiple of 128; s0..s3: the 128 sign bits as int32; scratch:
-    (programs, SCRATCH) float32; result: the weights of the tensor, `n_whole` whole blocks of them, from the first of
-    these chunks on; last: (128,) like it, the block after those; good: (programs,) int32, 1 for a chunk that is what an
-    encoder writes. `n_blocks` is counted from the first of these chunks too.
+    row of `row` weights, `even_rows` if `row` is a multiple of 128; signs: 128 zeros of type `kind`, positive or
+    negative, as int32; scratch: (programs, SCRATCH) float32; result: the weights of the tensor as `kind`, by int32
+    pointer, `n_whole` whole blocks of them from the first of these chunks on; last: the block after those; good:
+    (programs,) int32, 1 for a chunk that is what an encoder writes. `n_blocks` is counted from the first chunk too.
     """
     chunk = tl.program_id(0)
     lane = tl.arange(0, _LANES)
@@ -160,8 +140,8 @@ def decode_chunks(
     position = odd + 2 * tl.minimum(segments, _LANES) + 0 * lane
     line = 0
     here, after, later = _load_line(pairs, 0, end), _load_line(pairs, 1, end), _load_line(pairs, 2, end)
-    quad = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
-    kind: tl.constexpr = result.dtype.element_ty
+    quad, pair = lane[:, None] * 4 + tl.arange(0, 4)[None, :], tl.arange(0, 4)
+    n_words: tl.constexpr = 128 if kind == tl.float32 else 64
     group = 0
     while group < segments:
         at = 0 * lane
@@ -179,21 +159,18 @@ def decode_chunks(
                 )  # fmt: skip
                 tl.store(scratch + q * 128 + quad, x, cache_modifier=".cg")
             tl.debug_barrier()
-            x = ()
-            for i in tl.static_range(32):
-                x += (tl.load(scratch + i * 128 + quad, cache_modifier=".cg"),)
-            x = fwht(x)
-            first = ((first_chunk + chunk).to(tl.int64) * 2048 + block) * 128
-            factor = tl.load(factors + tl.minimum(first // row, n_rows - 1))[:, None]
-            f0, f1, f2, f3 = _once_more(s0), _once_more(s1), _once_more(s2), _once_more(s3)
-            y = ()
-            for i in tl.static_range(32):
-                if not even_rows:
-                    factor = _row_factors(factors, n_rows, row, first, i)
-                y += (narrow(flip(factor * x[i], f0, f1, f2, f3, i), kind),)
-            number = first_block + block
-            to = tl.where(number < n_whole, result + number.to(tl.int64) * 128, last)
-            tl.store(to[:, None] + tl.arange(0, 128)[None, :], join_block(y), mask=active[:, None])
+            for quarter in range(4):  # eight blocks at a time, four lanes each
+                mine = quarter * 8 + tl.arange(0, 8)
+                aside = scratch + 4 * mine[:, None, None] + (pair // 2 * 128 + pair % 2 * 2)[None, :, None]
+                x = ()
+                for i in tl.static_range(16):
+                    x += tl.split(tl.load(aside + 256 * i + tl.arange(0, 2)[None, None, :], cache_modifier=".cg"))
+                number = first_block + 8 * (group + mine) + j
+                first = (first_chunk.to(tl.int64) * 2048 + number) * 128
+                x = multiply(fwht(x), row_factors(factors, n_rows, row, first, even_rows))
+                flips = load_block(signs + 0 * number, kind)
+                to = tl.where(number < n_whole, result + number.to(tl.int64) * n_words, last)
+                store_block(to, flip(narrow(x, kind), flips), kind, (number < first_block + blocks)[:, None])
             tl.debug_barrier()
             j += 1
         group += _LANES

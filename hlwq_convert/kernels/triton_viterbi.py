@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .triton_block import INTERPRETED, join_quad, part, split_quad
-from .triton_lanes import flip, fwht, load_block, scale_by, widen
+from .triton_lanes import flip, fwht, load_block, multiply, row_factors, scale_by, widen
 
 LARGEST = tl.constexpr(65000.0)  # trellis.LARGEST
 LANES = 32
@@ -20,17 +20,6 @@ LANES = 32
 _LANES = tl.constexpr(LANES)
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2**23: added to a float32 and subtracted again, it rounds to a whole number, ties to even."""
-
-
-@part
-def _row_factors(
-    factors: tl.tensor, n_rows: tl.tensor, row: tl.tensor, place: tl.tensor, left: tl.tensor, i: tl.constexpr
-) -> tl.tensor:
-    """(n, 4) factors of the weights of tensor i of triton_lanes, of blocks that begin in row `place`, `left` weights
-    before the next one."""
-    beyond = (8 * (i // 2) + 2 * tl.arange(0, 4) + i % 2)[None, :] - left
-    rows = tl.where(beyond < 0, 0, 1 + beyond // row)
-    return tl.load(factors + tl.minimum(place + rows, n_rows - 1))
 
 
 @triton.jit(do_not_specialize=["first", "n_rows", "n_blocks", "n_padded"])
@@ -51,16 +40,7 @@ def find_steps(
     words = load_block(items + tl.minimum(block, n_blocks - 1) * n_words, kind)
     words = flip(words, load_block(signs + tl.zeros([rows], tl.int32), kind))
     x = scale_by(widen(words, kind), to_unit)
-    start = first + block * 128
-    place = start // row
-    if even_rows:
-        x = scale_by(x, tl.load(factors + tl.minimum(place, n_rows - 1))[:, None])
-    else:
-        left = tl.minimum(row - (start - place * row), 1 << 20).to(tl.int32)[:, None]
-        y = ()
-        for i in tl.static_range(32):
-            y += (x[i] * _row_factors(factors, n_rows, tl.minimum(row, 1 << 20).to(tl.int32), place[:, None], left, i),)
-        x = y
+    x = multiply(x, row_factors(factors, n_rows, row, first + block * 128, even_rows))
     x = scale_by(fwht(x), per_step)
     for i in tl.static_range(32):
         step = tl.where(x[i] > LARGEST, LARGEST, x[i])

@@ -33,6 +33,11 @@ launching = threading.Lock()
 OWN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
+def zeros_with(signs: NDArray[np.float32], dtype: str, device: torch.device) -> torch.Tensor:
+    """128 zeros of `dtype` with the signs of a block, as int32."""
+    return torch.from_numpy(signs * np.float32(0)).to(OWN[dtype]).view(torch.int32).to(device)
+
+
 @dataclass(frozen=True)
 class Cells:
     """Equal cells over all coordinates that a block can have, to find the nearest level of x in one step.
@@ -99,8 +104,7 @@ class DeviceEncoder(DeviceCode):
         self._above = torch.from_numpy(np.append(midpoints, np.float32(np.inf))).to(device)
         self._gains = torch.from_numpy(gains_of(code.effort)).to(device)
         self._to_unit = float(power_of_two(-code.exponent))
-        zeros = torch.from_numpy(code.signs * np.float32(0)).to(OWN[code.dtype])
-        self._zeros = zeros.view(torch.int32).to(device)
+        self._zeros = zeros_with(code.signs, code.dtype, device)
         self._dtype = code.dtype
 
     def result_bytes(self, n_blocks: int) -> int:

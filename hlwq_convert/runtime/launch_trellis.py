@@ -18,11 +18,10 @@ from ..kernels.triton_rans import SCRATCH, decode_chunks
 from ..kernels.triton_viterbi import LANES, find_steps, walk_back, walk_forward
 from ..quantize import power_of_two
 from ..trellis import TrellisCode, inverse_scales, scale_values
-from .gpu import sign_words
-from .launch import OWN, launching
+from .launch import OWN, launching, zeros_with
 
-DECODING: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False, "maxnreg": 168}
-"""Twelve warps on a multiprocessor; with more of them, registers would not hold a block."""
+DECODING: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
+"""A warp a program, and 64 registers a thread: a multiprocessor has room for 32 of them."""
 
 
 STEPPING: dict[str, Any] = {"rows": 16, "num_warps": 2, "enable_fp_fusion": False}
@@ -38,7 +37,7 @@ class DeviceTrellis:
         self._escapes = [int(escape) for escape in tables.escapes]
         self._taps = rans.taps(code.states)
         self._row = code.row
-        self._signs = sign_words(code.signs)
+        self._signs = {dtype: zeros_with(code.signs, dtype, device) for dtype in OWN}
         symbols = tables.symbols.astype(np.uint8) if tables.width <= 256 else tables.symbols.view(np.int16)
         self._symbols = torch.from_numpy(symbols).to(device)
         self._spans = torch.from_numpy(tables.spans.view(np.int32)).to(device)
@@ -53,14 +52,15 @@ class DeviceTrellis:
         `words` is int16 and holds chunk c from word places[c] to places[c + 1], int64. Returns (n_chunks,) int32: 0
         for a chunk that is not what an encoder writes.
         """
-        n_chunks = len(places) - 1
+        n_chunks, tag = len(places) - 1, next(tag for tag, dtype in OWN.items() if dtype == result.dtype)
         scratch = torch.empty(n_chunks * SCRATCH, dtype=torch.float32, device=words.device)
         good = torch.empty(n_chunks, dtype=torch.int32, device=words.device)
         with launching:
             decode_chunks[n_chunks,](
                 words, places, first_chunk, self._symbols, self._spans, self._width, *self._escapes, *self._taps,
-                self._factors, len(self._factors), self._row, *self._signs, scratch, result, last,
-                count_blocks(len(result)), len(result) // BLOCK, good, even_rows=self._row % BLOCK == 0, **DECODING,
+                self._factors, len(self._factors), self._row, self._signs[tag], scratch, result.view(torch.int32),
+                last.view(torch.int32), count_blocks(len(result)), len(result) // BLOCK, good, kind=KINDS[tag],
+                even_rows=self._row % BLOCK == 0, **DECODING,
             )  # fmt: skip
         return good
 
@@ -87,7 +87,7 @@ class DeviceSearch:
     def __init__(self, code: TrellisCode, device: torch.device) -> None:
         self._code = code
         self._factors = torch.from_numpy(inverse_scales(code.row_scales)).to(device)
-        self._signs = torch.from_numpy(code.signs * np.float32(0)).to(OWN[code.dtype]).view(torch.int32).to(device)
+        self._signs = zeros_with(code.signs, code.dtype, device)
         self._tables = [table.to(device) for table in trellis_in_place(code.states, SEGMENT)]
 
     def find(self, items: torch.Tensor, first: int, n_blocks: int) -> torch.Tensor:
