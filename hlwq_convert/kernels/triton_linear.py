@@ -16,6 +16,8 @@ BATCH = 16
 """Activations at most: what the tensor cores multiply with at once."""
 FEW = 4
 """Up to so many, multiplying takes a thread less time than handing its weights to the tensor cores."""
+EACH = (4, 2, 2, 2)
+"""Rows of a thread for 1 to FEW activations: what registers hold."""
 
 _BATCH = tl.constexpr(BATCH)
 
@@ -86,34 +88,45 @@ def multiply_rows(
 def multiply_few_rows(
     packed: tl.tensor, scales: tl.tensor, levels: tl.tensor, x: tl.tensor, parts: tl.tensor, unit: tl.tensor,
     n_rows: tl.tensor, blocks: tl.tensor, per_program: tl.tensor, n: tl.constexpr, bits: tl.constexpr,
-    rows: tl.constexpr,
+    rows: tl.constexpr, each: tl.constexpr,
 ) -> None:  # fmt: skip
-    """multiply_rows for at most FEW activations, x being float32."""
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
-    first = tl.minimum(row, n_rows - 1).to(tl.int64) * blocks
+    """multiply_rows for at most FEW activations, x being float32. A thread has `each` rows, so that it reads x less
+    often: reading is what takes the time."""
     start, quad = tl.program_id(1) * per_program, tl.arange(0, 4)[None, :]
-    totals = ()
-    for _ in tl.static_range(n):
-        totals += (tl.zeros([rows, 4], tl.float32),)
     mine = levels_of_lanes(levels, bits, rows)
+    totals = ()
+    for _ in tl.static_range(each * n):
+        totals += (tl.zeros([rows, 4], tl.float32),)
     b, end = start, tl.minimum(start + per_program, blocks)
-    while b < end:  # the interpreter knows no range of tensors
-        codes = unpack(load_words(packed + (first + b) * (4 * bits), 4 * bits), bits)
-        weights = ()
+    while b < end:
+        codes, scale, sums = (), (), ()
+        for k in tl.static_range(each):
+            row = (tl.program_id(0) * each + k) * rows + tl.arange(0, rows)
+            place = tl.minimum(row, n_rows - 1).to(tl.int64) * blocks + b
+            codes += (unpack(load_words(packed + place * (4 * bits), 4 * bits), bits),)
+            scale += ((tl.load(scales + place).to(tl.float32) * unit)[:, None],)
+        for _ in tl.static_range(each * n):
+            sums += (tl.zeros([rows, 4], tl.float32),)
         for q in tl.static_range(32):
-            weights += (look_up_code(levels, mine, codes[q], bits),)
-        scale = (tl.load(scales + first + b).to(tl.float32) * unit)[:, None]
+            some, added = (), ()
+            for i in tl.static_range(n):
+                some += (tl.load(x + i * (blocks * 128) + (b * 128 + 4 * q) + quad),)
+            for k in tl.static_range(each):
+                weight = look_up_code(levels, mine, codes[k][q], bits)
+                for i in tl.static_range(n):
+                    added += (tl.fma(weight, some[i], sums[k * n + i]),)
+            sums = added
         added = ()
-        for i in tl.static_range(n):
-            total = tl.zeros([rows, 4], tl.float32)
-            for q in tl.static_range(32):
-                total = tl.fma(weights[q], tl.load(x + i * (blocks * 128) + (b * 128 + 4 * q) + quad), total)
-            added += (tl.fma(total, scale, totals[i]),)
+        for k in tl.static_range(each):
+            for i in tl.static_range(n):
+                added += (tl.fma(sums[k * n + i], scale[k], totals[k * n + i]),)
         totals = added
         b += 1
-    mask = row < n_rows
-    for i in tl.static_range(n):
-        tl.store(parts + (tl.program_id(1) * n + i) * n_rows + row, tl.sum(totals[i], 1), mask=mask)
+    for k in tl.static_range(each):
+        row = (tl.program_id(0) * each + k) * rows + tl.arange(0, rows)
+        for i in tl.static_range(n):
+            place = parts + (tl.program_id(1) * n + i) * n_rows + row
+            tl.store(place, tl.sum(totals[k * n + i], 1), mask=row < n_rows)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_parts"])

@@ -6,7 +6,9 @@ tensors may lie on the CPU. Importing this module imports Triton, which only a C
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +29,21 @@ ROWS = 32
 DECODING: dict[str, Any] = {"rows": ROWS, "num_warps": 1, "enable_fp_fusion": False}
 ENCODING: dict[str, Any] = {"rows": 16, "num_warps": 2, "enable_fp_fusion": False}
 
-launching = threading.Lock()
-"""Triton compiles a kernel in every thread that finds it not compiled: one at a time, so that it is done once."""
+_compiling = threading.Lock()
+_compiled: set[tuple[object, ...]] = set()
+
+
+@contextlib.contextmanager
+def launching(*kernel: object) -> Iterator[None]:
+    """Around the launch of a kernel, named by all that it is compiled for. Triton compiles one in every thread that
+    finds it not compiled: the first launch is made by one thread at a time, so that it is done once."""
+    if kernel in _compiled:
+        yield
+        return
+    with _compiling:
+        yield
+    _compiled.add(kernel)
+
 
 OWN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -85,7 +100,7 @@ class DeviceCode:
         """Write the weights of (n_blocks,) float16 `scales` and their packed codes, (n_blocks * 4 * bits,) int32
         aligned to 16 bytes, to `result`: (n_blocks * 128,) of a dtype of weights, aligned too."""
         n_blocks = len(scales)
-        with launching:
+        with launching(decode_blocks, self.bits, result.dtype):
             decode_blocks[-(-n_blocks // ROWS),](
                 packed, scales, self._levels, *self._signs, self._unit, result, n_blocks, bits=self.bits, **DECODING
             )
@@ -115,7 +130,7 @@ class DeviceEncoder(DeviceCode):
         """Code n_blocks blocks of weights, as int32, and write to `result`, (result_bytes,) uint8, what
         split_result takes apart; both aligned to 16 bytes."""
         packed, sums, checksums, scales = self._parts(n_blocks, result)
-        with launching:
+        with launching(encode_blocks, self._dtype, self.bits, len(self._gains), self._in_cells):
             encode_blocks[-(-n_blocks // ENCODING["rows"]),](
                 items, self._to_unit, self._unit, self._zeros, self._levels, self._above, self._cells, self._per_cell,
                 len(self._cells) - 1, self._gains, packed.view(torch.int32), scales.view(torch.float16),

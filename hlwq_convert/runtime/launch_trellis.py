@@ -55,12 +55,13 @@ class DeviceTrellis:
         n_chunks, tag = len(places) - 1, next(tag for tag, dtype in OWN.items() if dtype == result.dtype)
         scratch = torch.empty(n_chunks * SCRATCH, dtype=torch.float32, device=words.device)
         good = torch.empty(n_chunks, dtype=torch.int32, device=words.device)
-        with launching:
+        even_rows = self._row % BLOCK == 0
+        with launching(decode_chunks, tag, self._symbols.dtype, even_rows, self._row):
             decode_chunks[n_chunks,](
                 words, places, first_chunk, self._symbols, self._spans, self._width, *self._escapes, *self._taps,
                 self._factors, len(self._factors), self._row, self._signs[tag], scratch, result.view(torch.int32),
                 last.view(torch.int32), count_blocks(len(result)), len(result) // BLOCK, good, kind=KINDS[tag],
-                even_rows=self._row % BLOCK == 0, **DECODING,
+                even_rows=even_rows, **DECODING,
             )  # fmt: skip
         return good
 
@@ -96,11 +97,12 @@ class DeviceSearch:
         code, n_segments = self._code, -(-n_blocks * BLOCK // SEGMENT)
         n_padded = n_segments * SEGMENT // BLOCK
         steps = torch.empty(n_segments * SEGMENT, dtype=torch.float32, device=items.device)
-        with launching:
+        even_rows = code.row % BLOCK == 0
+        with launching(find_steps, code.dtype, even_rows, code.row):
             find_steps[-(-n_padded // STEPPING["rows"]),](
                 items, float(power_of_two(-code.exponent)), self._signs, self._factors, len(self._factors), code.row,
                 first, float(code.per_step), steps, n_blocks, n_padded, kind=KINDS[code.dtype],
-                even_rows=code.row % BLOCK == 0, **STEPPING,
+                even_rows=even_rows, **STEPPING,
             )  # fmt: skip
         return search(steps.view(n_segments, SEGMENT), code.states, self._tables)
 
@@ -113,7 +115,7 @@ def search(steps: torch.Tensor, states: int, tables: list[torch.Tensor]) -> torc
     decisions = torch.empty(programs * max(1, states // LANES) * length, dtype=torch.int32, device=device)
     ends = torch.empty(n, dtype=torch.int32, device=device)
     indices = torch.empty(n * length, dtype=torch.int32, device=device)
-    with launching:
+    with launching(walk_forward, states, length):
         walk_forward[programs,](
             steps, masks, parities, labels, decisions, ends, n, states=states, length=length, **SEARCHING
         )

@@ -13,7 +13,7 @@ import torch
 from hlwq_formats.layout import BLOCK
 
 from ..kernels.triton_decode import decode_blocks
-from ..kernels.triton_linear import FEW, ROWS, add_parts, multiply_few_rows, multiply_rows, rotate_rows
+from ..kernels.triton_linear import EACH, FEW, ROWS, add_parts, multiply_few_rows, multiply_rows, rotate_rows
 from ..quantize import power_of_two
 from .launch import DECODING, launching
 from .launch import ROWS as DECODED_ROWS
@@ -24,7 +24,7 @@ ROTATED_EXPONENT = 3
 _PROGRAMS = 2048
 """Warps that fill a GPU: fewer rows than that are cut into parts."""
 _ADDING = 256
-_MULTIPLYING: dict[str, Any] = {"rows": ROWS, "num_warps": 1, "num_stages": 1}
+_MULTIPLYING: dict[str, Any] = {"rows": ROWS, "num_warps": 1, "num_stages": 1, "maxnreg": 168}
 
 
 def decode(
@@ -36,7 +36,7 @@ def decode(
     direct = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
     result = torch.empty((len(scales), BLOCK), dtype=direct, device=codes.device)
     if len(scales):
-        with launching:
+        with launching(decode_blocks, codes.shape[1] // 16, direct):
             decode_blocks[-(-len(scales) // DECODED_ROWS),](
                 codes.contiguous().view(torch.int32), scales.contiguous().view(torch.float16),
                 levels.view(torch.float32), *signs, float(power_of_two(exponent)), result, len(scales),
@@ -49,7 +49,7 @@ def rotate(x: torch.Tensor, signs: Sequence[int]) -> torch.Tensor:
     """fwht(signs * x) * 2**-3 of (n, columns) bfloat16 or float16, n at most BATCH: float32 for n up to FEW."""
     n, columns = x.shape
     result = _rotated(x)
-    with launching:
+    with launching(rotate_rows, x.dtype, n <= FEW):
         rotate_rows[columns // BLOCK,](
             x.contiguous(), result, n, columns, *signs, factor=2.0**-ROTATED_EXPONENT, num_warps=4
         )
@@ -64,17 +64,18 @@ def multiply(
     (n, columns), bits = x.shape, codes.shape[1] // 16
     blocks = columns // BLOCK
     rows = len(scales) // blocks
-    groups = -(-rows // ROWS)
+    each = EACH[n - 1] if n <= FEW else 1
+    groups = -(-rows // (ROWS * each))
     per_program = -(-blocks // min(blocks, max(1, _PROGRAMS // groups)))
     n_parts = -(-blocks // per_program)
     parts = torch.empty(n_parts * n * rows, dtype=torch.float32, device=x.device)
     result = torch.empty((n, rows), dtype=dtype, device=x.device)
     matrix = codes.view(torch.int32), scales.view(torch.float16), levels.view(torch.float32)
     unit = float(power_of_two(exponent + ROTATED_EXPONENT))
-    with launching:
+    with launching(multiply_rows, bits, dtype, min(n, FEW + 1), bias is None):
         if n <= FEW:
             multiply_few_rows[groups, n_parts](
-                *matrix, x, parts, unit, rows, blocks, per_program, n=n, bits=bits, **_MULTIPLYING
+                *matrix, x, parts, unit, rows, blocks, per_program, n=n, bits=bits, each=each, **_MULTIPLYING
             )
         else:
             multiply_rows[groups, n_parts](
