@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from . import metadata as md
 from . import rans
+from .digest import PipelinedDigest
 from .errors import BadDigest, BadFrames, BadLayout, BadValues, Usage, escape
 from .files import ByteSource, InputFile
 from .layout import (
@@ -125,7 +126,8 @@ class Reader:
         chunk: int | Sequence[int],
         into: Memory,
     ) -> Iterator[memoryview]:
-        """The same, each piece read to the writable memory that `into` gives for so many bytes."""
+        """The same, each piece read to the writable memory that `into` gives for so many bytes. A piece is still being
+        hashed when it is yielded, but no longer when memory is asked for the second time after it."""
 
         def read(offset: int, length: int) -> memoryview:
             piece = into(length)
@@ -149,7 +151,7 @@ class Reader:
         section, offset = self._sections[i], self._offsets[i]
         gap_start = self._offsets[i - 1] + self._sections[i - 1].length if i else HEADER_LEN
         self._check_padding(gap_start, self._file.read(gap_start, offset - gap_start))
-        digest, end = hashlib.sha256(), offset + section.length
+        digest, end = PipelinedDigest(section.length), offset + section.length
         for size in repeat(chunk) if isinstance(chunk, int) else chunk:
             if offset == end:
                 break
@@ -157,9 +159,10 @@ class Reader:
             offset += len(piece)
             digest.update(piece)
             yield piece
-        if digest.hexdigest() != section.sha256:
+        found = digest.hexdigest()
+        if found != section.sha256:
             raise BadDigest(
-                f"SHA-256 is {digest.hexdigest()[:16]}..., expected {section.sha256[:16]}...: the file is damaged",
+                f"SHA-256 is {found[:16]}..., expected {section.sha256[:16]}...: the file is damaged",
                 file=self.path,
                 tensor=owner if kind == "tensor" else None,
                 section=f'asset "{escape(owner, 120)}"' if kind == "asset" else section_kind,

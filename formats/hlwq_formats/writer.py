@@ -14,6 +14,7 @@ from types import TracebackType
 
 from . import metadata as md
 from .atomic import AtomicFile
+from .digest import PipelinedDigest
 from .errors import BadData, Internal, SelfCheckFailed, UnsupportedFeature
 from .interrupts import Gate, lift_gates, set_gates, uninterrupted
 from .layout import HEADER_LEN, Header, align, make_header, place_sections
@@ -32,7 +33,7 @@ class SectionWriter:
         self._kind = kind
         self._offset = self._position = offset
         self._length = length
-        self._digest = hashlib.sha256()
+        self._digest = PipelinedDigest(length)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`, items of one byte, to the section."""

@@ -14,9 +14,9 @@ ROWS = 32
 """Rows of the matrix that a program takes, one a thread."""
 BATCH = 16
 """Activations at most: what the tensor cores multiply with at once."""
-FEW = 4
+FEW = 2
 """Up to so many, multiplying takes a thread less time than handing its weights to the tensor cores."""
-EACH = (4, 2, 2, 2)
+EACH = (4, 2)
 """Rows of a thread for 1 to FEW activations: what registers hold."""
 
 _BATCH = tl.constexpr(BATCH)

@@ -27,7 +27,7 @@ from ..trellis import TrellisCode
 TRELLIS_RUN = 64
 """Chunks of a trellis that are decoded at once: each takes a warp some milliseconds."""
 
-_DEPTH = 2  # copies to the GPU that a lane may have under way
+_DEPTH = 2  # buffers of a lane: one is read to while what is in the other is hashed and copied
 
 
 def can_run_kernels() -> bool:

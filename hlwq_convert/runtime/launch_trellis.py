@@ -53,15 +53,16 @@ class DeviceTrellis:
         for a chunk that is not what an encoder writes.
         """
         n_chunks, tag = len(places) - 1, next(tag for tag, dtype in OWN.items() if dtype == result.dtype)
+        n_whole = len(result) // BLOCK
         scratch = torch.empty(n_chunks * SCRATCH, dtype=torch.float32, device=words.device)
         good = torch.empty(n_chunks, dtype=torch.int32, device=words.device)
         even_rows = self._row % BLOCK == 0
         with launching(decode_chunks, tag, self._symbols.dtype, even_rows, self._row):
             decode_chunks[n_chunks,](
                 words, places, first_chunk, self._symbols, self._spans, self._width, *self._escapes, *self._taps,
-                self._factors, len(self._factors), self._row, self._signs[tag], scratch, result.view(torch.int32),
-                last.view(torch.int32), count_blocks(len(result)), len(result) // BLOCK, good, kind=KINDS[tag],
-                even_rows=even_rows, **DECODING,
+                self._factors, len(self._factors), self._row, self._signs[tag], scratch,
+                result[: n_whole * BLOCK].view(torch.int32), last.view(torch.int32), count_blocks(len(result)), n_whole,
+                good, kind=KINDS[tag], even_rows=even_rows, **DECODING,
             )  # fmt: skip
         return good
 
@@ -94,6 +95,11 @@ class DeviceSearch:
     def find(self, items: torch.Tensor, first: int, n_blocks: int) -> torch.Tensor:
         """(n_segments * 1024,) int32 indices of n_blocks whole blocks of weights, of flat indices from `first` on, as
         int32 aligned to 16 bytes. Behind the last block they are those of zeros."""
+        steps = self.steps(items, first, n_blocks)
+        return search(steps.view(-1, SEGMENT), self._code.states, self._tables)
+
+    def steps(self, items: torch.Tensor, first: int, n_blocks: int) -> torch.Tensor:
+        """The coordinates of the same weights in steps: (n_segments * 1024,) float32, zeros behind the last block."""
         code, n_segments = self._code, -(-n_blocks * BLOCK // SEGMENT)
         n_padded = n_segments * SEGMENT // BLOCK
         steps = torch.empty(n_segments * SEGMENT, dtype=torch.float32, device=items.device)
@@ -104,7 +110,7 @@ class DeviceSearch:
                 first, float(code.per_step), steps, n_blocks, n_padded, kind=KINDS[code.dtype],
                 even_rows=even_rows, **STEPPING,
             )  # fmt: skip
-        return search(steps.view(n_segments, SEGMENT), code.states, self._tables)
+        return steps
 
 
 def search(steps: torch.Tensor, states: int, tables: list[torch.Tensor]) -> torch.Tensor:

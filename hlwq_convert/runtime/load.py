@@ -52,7 +52,7 @@ TAGS = {TORCH[tag]: tag for tag in WEIGHT_DTYPES}
 """The torch dtypes that the decoder rounds to by itself."""
 
 
-_GPU_CHUNK = 8 << 20
+_GPU_CHUNK = 16 << 20
 """Weights that go to a GPU at once: enough to fill one."""
 
 
