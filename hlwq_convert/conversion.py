@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +24,11 @@ from .ladder import Rung, make_rungs, path_of
 from .parallel import default_workers
 from .plan import Choice
 from .publishing import publish
-from .quantize import EncodedChunk, ScalarCode
+from .quantize import ScalarCode
 from .sizing import find_steps, weights_of
 from .source import Source
-from .survey import MakeEncoder
+from .survey import Encode, MakeEncoder
+from .trellis import TrellisCode
 
 TOLERANCE = 0.002
 """How much smaller than asked for a file of variable rate may be; it is never larger."""
@@ -64,7 +65,7 @@ def convert(
 
     The file appears whole or not at all, and its bytes depend on the model, these options and the versions alone. A
     conversion that was killed or interrupted is continued, unless `resume` is False.
-    `device` "cuda" (all GPUs) or "cuda:N" encodes scalar codes on GPUs: the same bytes; needs torch with CUDA.
+    `device` "cuda" (all GPUs) or "cuda:N" encodes on GPUs: the same bytes; needs torch with CUDA.
     Raises an HlwqError for everything that can go wrong.
     """
     job = prepare(src, bits, bpw=bpw, size=size, **options)
@@ -228,10 +229,15 @@ def choose_encoder(device: str) -> MakeEncoder:
     return make_encoders(device)
 
 
-def _on_cpu(code: ScalarCode) -> Callable[[bytes], EncodedChunk]:
-    from .kernels.encode import encoder  # not before something is encoded: numba takes time and memory
+def _on_cpu(code: ScalarCode | TrellisCode) -> Encode:
+    # not before something is encoded: numba takes time and memory
+    from .kernels.encode import encoder
+    from .kernels.trellis import encoder as trellis_encoder
 
-    return encoder(code)
+    if isinstance(code, TrellisCode):
+        return trellis_encoder(code)
+    encode = encoder(code)
+    return lambda raw, start: encode(raw)
 
 
 def _ignore(stage: str, done: int, total: int) -> None:

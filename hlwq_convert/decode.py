@@ -16,7 +16,7 @@ from hlwq_formats import rans
 from hlwq_formats.dtypes import BIT_PATTERNS, NUMPY, widen
 from hlwq_formats.errors import BadTensor, UnsupportedDtype
 from hlwq_formats.layout import BLOCK, numel
-from hlwq_formats.reader import Reader
+from hlwq_formats.reader import Memory, Reader
 
 from .parallel import OrderedDigest, call, default_workers, ordered_map
 from .quantize import CHUNK, ScalarCode
@@ -29,7 +29,7 @@ class CodeChunk:
 
     start: int  # flat index of the first weight
     count: int
-    packed: bytes
+    packed: bytes | memoryview
     scales: NDArray[np.float16]
 
 
@@ -38,16 +38,31 @@ def scalar_code(reader: Reader, tensor: md.ScalarTensor) -> ScalarCode:
     return ScalarCode(tensor.dtype, tensor.bits, tensor.exponent, reader.levels(tensor), reader.signs())
 
 
-def code_chunks(reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK) -> Iterator[CodeChunk]:
+def code_chunks(
+    reader: Reader, tensor: md.ScalarTensor, chunk: int = CHUNK, into: Memory | None = None
+) -> Iterator[CodeChunk]:
     """The codes and scales of a tensor, `chunk` weights at a time, a multiple of CHUNK. They are verified only at
-    exhaustion: throw away what was made of them when this raises."""
+    exhaustion: throw away what was made of them when this raises. `into` gives memory for the codes, as in
+    Reader.iter_section_into."""
     n = numel(tensor.shape)
-    codes = reader.code_chunks(tensor, chunk)
+    codes: Iterator[bytes | memoryview]
+    if into is None:
+        codes = reader.code_chunks(tensor, chunk)
+    elif tensor.sections[0].zstd_codes is UNSET:
+        codes = reader.iter_section_into("tensor", tensor.name, "codes", chunk * tensor.bits // 8, into)
+    else:
+        codes = (_copy(packed, into) for packed in reader.code_chunks(tensor, chunk))
     scales = reader.scale_chunks(tensor, chunk // BLOCK)
     starts = range(0, n, chunk)
     # strict: each section is read to its end, where it is verified
     for start, packed, some_scales in zip(starts, codes, scales, strict=True):
         yield CodeChunk(start, min(chunk, n - start), packed, some_scales)
+
+
+def _copy(data: bytes, into: Memory) -> memoryview:
+    place = into(len(data))
+    place[:] = data
+    return place
 
 
 @dataclass(frozen=True)

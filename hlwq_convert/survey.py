@@ -51,8 +51,8 @@ class Surveyed:
     packed: bool = False  # codes are not to be compressed
 
 
-MakeEncoder = Callable[[ScalarCode], Callable[[bytes], EncodedChunk]]
-"""kernels.encode.encoder, or its like for another device."""
+MakeEncoder = Callable[[ScalarCode | TrellisCode], Encode]
+"""What encodes the chunks of a tensor on the CPU or on another device, with the same bits."""
 
 
 class Stopped(Exception):
@@ -93,34 +93,30 @@ def survey(
     def find_code(choice: Choice) -> Surveyed:
         code: ScalarCode | TrellisCode
         if choice.step is not None and scales is not None:
-            code, encode = _fit_trellis(tensor, sample, exponent, choice.step, scales, effort)
+            code = _fit_trellis(tensor, sample, exponent, choice.step, scales, effort)
             if not is_storable(code):
                 return Surveyed(tensor, f"its weights of up to {largest:g} are at an end of the range of floats")
         elif choice.bits is not None:
-            code, encode = _fit_scalar(tensor, sample, exponent, choice.bits, effort, make_encoder)
+            code = _fit_scalar(tensor, sample, exponent, choice.bits, effort)
         else:
             return Surveyed(tensor, choice.reason)
-        return Surveyed(tensor, choice.reason, digest.hexdigest(), code, encode, zeros)
+        return Surveyed(tensor, choice.reason, digest.hexdigest(), code, make_encoder(code), zeros)
 
     return [find_code(choice) for choice in choices]
 
 
-def _fit_scalar(
-    tensor: SourceTensor, sample: Sample, exponent: int, bits: int, effort: Effort, make_encoder: MakeEncoder
-) -> tuple[ScalarCode, Encode]:
+def _fit_scalar(tensor: SourceTensor, sample: Sample, exponent: int, bits: int, effort: Effort) -> ScalarCode:
     from .kernels.fit import fit
 
     signs = sign_vector()
     joined = b"".join(raw for _, raw in sample)
-    code = ScalarCode(tensor.dtype, bits, exponent, fit(joined, tensor.dtype, exponent, signs, bits), signs, effort)
-    encode = make_encoder(code)
-    return code, lambda raw, start: encode(raw)
+    return ScalarCode(tensor.dtype, bits, exponent, fit(joined, tensor.dtype, exponent, signs, bits), signs, effort)
 
 
 def _fit_trellis(
     tensor: SourceTensor, sample: Sample, exponent: int, step: float, scales: NDArray[np.uint8], effort: Effort
-) -> tuple[TrellisCode, Encode]:
-    from .kernels.trellis import encoder, load_steps, search_segments
+) -> TrellisCode:
+    from .kernels.trellis import load_steps, search_segments
 
     row, states = row_of(tensor.shape), STATES[effort]
     code = plain_code(tensor.dtype, row, states, exponent, step, scales, sign_vector())
@@ -128,8 +124,7 @@ def _fit_trellis(
     segments = np.zeros((-(-len(steps) // SEGMENT), SEGMENT), np.float32)
     segments.ravel()[: len(steps)] = steps
     indices = search_segments(segments, np.float32(1), states)
-    code = fit(code, steps, indices.ravel()[: len(steps)])
-    return code, encoder(code)
+    return fit(code, steps, indices.ravel()[: len(steps)])
 
 
 def _pieces(tensor: SourceTensor) -> list[tuple[int, int]]:

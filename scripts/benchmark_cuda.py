@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,8 +18,10 @@ from pathlib import Path
 
 import torch
 import triton
+from benchmark_gpu_parts import layer_rows, trellis_rows
 from benchmark_model import MIN_WEIGHTS, qwen_shapes, write_model
 from benchmark_report import number, table
+from benchmark_timing import Copies, Row, measure_kernel
 
 import hlwq_convert as h
 from hlwq_convert.normal_levels import normal_levels
@@ -30,9 +30,6 @@ from hlwq_convert.quantize import ScalarCode, choose_exponent
 from hlwq_convert.rotate import sign_vector
 from hlwq_convert.runtime.gpu import find_devices
 from hlwq_convert.runtime.launch import OWN, DeviceCode, DeviceEncoder
-
-ROUNDS = 20
-Row = dict[str, object]
 
 
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,47 +41,6 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("/dev/shm"), help="a folder in memory; default /dev/shm")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     return parser.parse_args(arguments)
-
-
-def seconds_on_device(work: Callable[[], object]) -> float:
-    """The median time of one call, by events on the stream; two calls go before."""
-    for _ in range(2):
-        work()
-    times = []
-    for _ in range(ROUNDS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(times)
-
-
-class Copies:
-    """Copies on the device of some total of bytes read plus bytes written."""
-
-    def __init__(self, largest: int) -> None:
-        self._from = torch.randint(256, (largest // 2,), dtype=torch.uint8, device="cuda")
-        self._to = torch.empty_like(self._from)
-
-    def seconds(self, moved: int) -> float:
-        """The median time of a copy that reads and writes half of `moved` each."""
-        half = moved // 2
-        return seconds_on_device(lambda: self._to[:half].copy_(self._from[:half]))
-
-
-def measure_kernel(name: str, copies: Copies, weights: int, moved: int, work: Callable[[], object]) -> Row:
-    """One row of the table: `moved` is bytes read plus bytes written by one call of `work`."""
-    began = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    first, seconds, copy = time.perf_counter() - began, seconds_on_device(work), copies.seconds(moved)
-    print(f"{name}: {copy / seconds:.3f} of the copy, first call {first:.1f} s", file=sys.stderr)
-    return {
-        "kernel": name, "Gw/s": weights / seconds / 1e9, "GB/s": moved / seconds / 1e9,
-        "copy GB/s": moved / copy / 1e9, "of the copy": copy / seconds, "first call s": first,
-    }  # fmt: skip
 
 
 def kernel_rows(weights: int) -> list[Row]:
@@ -194,7 +150,12 @@ def main() -> None:
     about |= {"triton": triton.__version__, "weights": options.weights, "model_weights": options.model_weights}
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     document: dict[str, object] = {"about": about, "kernels": kernel_rows(options.weights)}
+    torch.cuda.empty_cache()
+    document["kernels"] += trellis_rows(options.weights)
     show("Kernels on one tensor in the memory of the GPU", document["kernels"])
+    torch.cuda.empty_cache()
+    document["layers"] = layer_rows()
+    show("A layer of packed weights, 5 bits, against torch's in bfloat16", document["layers"])
     torch.cuda.empty_cache()
     if options.model_dir or options.model_weights:
         with tempfile.TemporaryDirectory(prefix="hlwq-bench-", dir=options.work) as folder:

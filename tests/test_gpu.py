@@ -10,7 +10,7 @@ from models import small_model, write_model
 
 import hlwq_convert as h
 from hlwq_formats.dtypes import narrow
-from hlwq_formats.errors import BadDigest, NoDevice, Usage
+from hlwq_formats.errors import BadDigest, HlwqError, NoDevice, Usage
 
 torch = pytest.importorskip("torch")
 
@@ -54,6 +54,63 @@ def test_a_gpu_loads_what_the_cpu_loads(tmp_path: Path, bits: int, dtype: torch.
         assert torch.equal(tensor.cpu().view(torch.uint8), expected[name].view(torch.uint8)), name
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
     assert found["layers.0.weight"].data_ptr() == found["layers.9.weight"].data_ptr()
+
+
+@gpu
+@pytest.mark.parametrize("effort", ["fast", "default", "best"])
+def test_a_gpu_writes_and_loads_trellises_as_the_cpu_does(tmp_path: Path, effort: str) -> None:
+    model, cpu, on_gpu = odd_model(tmp_path / "model"), tmp_path / "cpu.hlwq", tmp_path / "gpu.hlwq"
+    h.convert(model, cpu, bpw=6.0, effort=effort)
+    h.convert(model, on_gpu, bpw=6.0, effort=effort, device="cuda")
+    assert on_gpu.read_bytes() == cpu.read_bytes()
+    for dtype in (None, torch.float32, torch.float16):
+        expected, found = h.load_state_dict(cpu, dtype=dtype), h.load_state_dict(cpu, device="cuda", dtype=dtype)
+        for name, tensor in found.items():
+            assert torch.equal(tensor.cpu().view(torch.uint8), expected[name].view(torch.uint8)), name
+
+
+@gpu
+def test_a_gpu_refuses_the_vectors_that_the_cpu_refuses() -> None:
+    """With the same error where the file is bad, and with none for those that are good."""
+    vectors = Path(__file__).parents[1] / "spec" / "vectors"
+    refused = 0
+    for path in sorted([*vectors.glob("bad/trellis-*.hlwq"), *vectors.glob("good/*.hlwq")]):
+        problems = []
+        for device in ("cpu", "cuda"):
+            try:
+                loaded = h.load_state_dict(path, device=device)
+            except HlwqError as error:
+                problems.append(str(error))
+            else:
+                problems.append(sorted((name, bytes(t.cpu().view(torch.uint8).numpy())) for name, t in loaded.items()))
+        assert problems[0] == problems[1], path.name
+        refused += isinstance(problems[0], str)
+    assert refused > 20
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_a_packed_layer_compiles_and_stays_close_to_the_dense_one(n: int) -> None:
+    from hlwq_convert.normal_levels import normal_levels
+    from hlwq_convert.quantize import ScalarCode
+    from hlwq_convert.rotate import sign_vector
+    from hlwq_convert.runtime.modules import Rotation, pack
+    from hlwq_convert.runtime.packed import PackedMatrix
+
+    torch.manual_seed(n)
+    code = ScalarCode("BF16", 5, -2, normal_levels(5), sign_vector())
+    matrix = PackedMatrix((384, 256), code, torch.bfloat16, torch.device("cuda"))
+    matrix.codes.random_(256)
+    matrix.scales.copy_((torch.rand(768, device="cuda") * 0.01).half().view(torch.int16))
+    layer = torch.nn.Linear(256, 384, dtype=torch.bfloat16, device="cuda")
+    pack(layer, matrix, Rotation())
+    x = torch.randn((n, 1, 256), dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        found, compiled = layer(x), torch.compile(layer, fullgraph=True)(x)
+        expected = torch.nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float())
+    assert torch.equal(compiled, found)
+    assert found.shape == (n, 1, 384) and (found - expected).norm() / expected.norm() < 4e-3
 
 
 @gpu

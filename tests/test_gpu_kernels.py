@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import numpy as np
@@ -13,15 +14,30 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton", reason="triton is not installed: pip install .[triton]")
 
+from hlwq_convert import trellis  # noqa: E402
 from hlwq_convert.kernels import triton_block  # noqa: E402
 from hlwq_convert.kernels.decode import decoder  # noqa: E402
 from hlwq_convert.kernels.encode import encoder  # noqa: E402
+from hlwq_convert.kernels.trellis import decoder as trellis_decoder  # noqa: E402
+from hlwq_convert.kernels.trellis import encoder as trellis_encoder  # noqa: E402
+from hlwq_convert.kernels.trellis import load_steps  # noqa: E402
 from hlwq_convert.normal_levels import normal_levels  # noqa: E402
-from hlwq_convert.quantize import ScalarCode, choose_exponent  # noqa: E402
+from hlwq_convert.quantize import CHUNK, ScalarCode, choose_exponent, power_of_two  # noqa: E402
 from hlwq_convert.rotate import sign_vector  # noqa: E402
+from hlwq_convert.runtime import packed_gpu  # noqa: E402
+from hlwq_convert.runtime.gpu import sign_words  # noqa: E402
 from hlwq_convert.runtime.launch import ROWS, DeviceCode, DeviceEncoder, find_cells  # noqa: E402
+from hlwq_convert.runtime.launch_trellis import (  # noqa: E402
+    DeviceSearch,
+    DeviceTrellis,
+    search,
+    trellis_in_place,
+)
+from hlwq_convert.runtime.packed import decode_blocks  # noqa: E402
 from hlwq_convert.scalar import nearest_level  # noqa: E402
+from hlwq_formats import rans  # noqa: E402
 from hlwq_formats.dtypes import BIT_PATTERNS, ITEM_BITS, WEIGHT_DTYPES, narrow  # noqa: E402
+from hlwq_formats.metadata import States  # noqa: E402
 
 # the interpreter computes a value that is too large for float16 as NumPy does, with a warning
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -131,3 +147,155 @@ def test_cells_find_the_nearest_level(bits: int, kind: str) -> None:
     found = np.ascontiguousarray(code).view(np.int32) + (values > midpoint)
     assert found.tolist() == nearest_level(values, levels).tolist()
     assert np.where(values > midpoint, high, low).tolist() == levels[found].tolist()
+
+
+# --- a trellis ---------------------------------------------------------------------------------
+
+
+def code_for(weights: Floats, dtype: str, row: int, states: States, step: float) -> trellis.TrellisCode:
+    exponent = choose_exponent(float(np.abs(weights).max()))
+    scales = trellis.row_scales(trellis.row_energies(weights, row), row, exponent)
+    plain = trellis.plain_code(dtype, row, states, exponent, step, scales, sign_vector())
+    steps = trellis.to_steps(weights * power_of_two(-exponent), 0, plain)
+    return trellis.fit(plain, steps, trellis.find_indices(steps, states))
+
+
+def encoded(code: trellis.TrellisCode, weights: Floats) -> list[bytes]:
+    raw, size = narrow(weights, code.dtype).tobytes(), CHUNK * ITEM_BITS[code.dtype] // 8
+    encode = trellis_encoder(code)
+    return [
+        chunk
+        for start in range(0, len(raw), size)
+        for chunk in encode(raw[start : start + size], start * CHUNK // size).chunks
+    ]
+
+
+def decoded_on_device(
+    code: trellis.TrellisCode, chunks: list[bytes], count: int, dtype: str
+) -> tuple[list[int], NDArray[np.unsignedinteger]]:
+    """Whether each chunk is good, and the weights; the stream begins at an odd word."""
+    ends = 1 + np.cumsum([0] + [len(chunk) // 2 for chunk in chunks])
+    data = bytes(2) + b"".join(chunks)
+    words = on_device(data + bytes(-len(data) % 4), torch.int16)
+    result = torch.full((count + 8,), 7, dtype=TORCH[dtype], device=DEVICE)
+    last = torch.empty(128, dtype=TORCH[dtype], device=DEVICE)
+    places = torch.from_numpy(ends).to(DEVICE)
+    good = DeviceTrellis(code, DEVICE).decode(words, places, 0, result[:count], last)
+    assert (result[count // 128 * 128 :] == 7).all()
+    result[count - count % 128 : count] = last[: count % 128]
+    return good.tolist(), result[:count].view(torch.uint8).cpu().numpy().view(BIT_PATTERNS[dtype])
+
+
+ON_EITHER: list[tuple[str, int, int, States, float]] = [("BF16", 100, 10, 32, 0.5)]
+"""dtype, weights, row, states, step: what the interpreter has time for."""
+ON_DEVICE: list[tuple[str, int, int, States, float]] = [
+    ("BF16", 2 * CHUNK - 77 * 128, 128, 8, 0.4),
+    ("F16", 33 * 1024 + 5, 33 * 1024 + 5, 64, 0.02),
+    ("F32", 77 * 1031, 1031, 256, 1.2),
+    ("BF16", 3072 * 30, 30, 32, 1.0),
+    ("F32", (1 << 19) + 4096, 4096, 8, 0.0005),
+]
+
+
+@pytest.mark.parametrize(("dtype", "count", "row", "states", "step"), ON_EITHER + ON_DEVICE * ON_GPU)
+def test_decoding_a_trellis_gives_the_bits_of_the_cpu(
+    dtype: str, count: int, row: int, states: States, step: float
+) -> None:
+    """Escapes, rows of every kind, several chunks, groups and lanes that are not full."""
+    rng = np.random.default_rng(count)
+    weights = (rng.standard_t(2, count) * 0.02).clip(-50000, 50000).astype(np.float32)
+    code = code_for(weights, dtype, row, states, step)
+    chunks, expected = encoded(code, weights), np.empty(count, BIT_PATTERNS[dtype])
+    decode = trellis_decoder(code, dtype)
+    for number, chunk in enumerate(chunks):
+        assert decode(chunk, number * rans.CHUNK, expected[number * rans.CHUNK :][: rans.CHUNK])
+    good, found = decoded_on_device(code, chunks, count, dtype)
+    assert good == [1] * len(chunks)
+    assert found.tobytes() == expected.tobytes()
+    if row == 128:  # and nothing behind a bad chunk is touched
+        _check_bad_chunks(code, chunks, count, dtype)
+
+
+def _check_bad_chunks(code: trellis.TrellisCode, chunks: list[bytes], count: int, dtype: str) -> None:
+    """What the CPU refuses a GPU refuses: another word anywhere, too few, too many, a bad state, none."""
+    rng, decode = np.random.default_rng(0), trellis_decoder(code, dtype)
+    words = np.frombuffer(chunks[0], np.uint16)
+    bad = [words[:-1], np.append(words, np.uint16(3)), words[:1], words[:100]]
+    for place in (0, 2, 64, *rng.integers(65, len(words), 12)):
+        changed = words.copy()
+        changed[place] ^= np.uint16(1 << int(rng.integers(16))) if place else changed[place]
+        bad.append(changed)
+    bad.append(rng.integers(0, 1 << 16, len(words)).astype(np.uint16))
+    for some in bad:
+        here = np.empty(rans.CHUNK, BIT_PATTERNS[dtype])
+        accepted = decode(some.tobytes(), 0, here)
+        good, found = decoded_on_device(code, [some.tobytes(), *chunks[1:]], count, dtype)
+        assert good == [int(accepted)] + [1] * (len(chunks) - 1)
+        assert not accepted or found[: rans.CHUNK].tobytes() == here.tobytes()
+
+
+@pytest.mark.parametrize("states", rans.TRELLISES)
+def test_the_search_finds_what_the_cpu_finds(states: States) -> None:
+    """Coordinates of several sizes, ties, zeros; the last warp is not full."""
+    rng = np.random.default_rng(states)
+    length, n = (rans.SEGMENT, 67) if ON_GPU else (32, 5 if states == 8 else 2)
+    steps = (rng.standard_normal((n, length)) * rng.choice([0.3, 2, 40, 60_000], (n, 1))).astype(np.float32)
+    steps[0], steps[-1] = np.round(steps[0] * 2) / 2, 0
+    tables = [table.to(DEVICE) for table in trellis_in_place(states, length)]
+    found = search(torch.from_numpy(steps.clip(-trellis.LARGEST, trellis.LARGEST)).to(DEVICE), states, tables)
+    assert (
+        found.cpu().numpy().reshape(n, length).tolist()
+        == trellis.search(steps.clip(np.float32(-trellis.LARGEST), np.float32(trellis.LARGEST)), states).tolist()
+    )
+
+
+ROWS_OF_WEIGHTS = [("F16", 100), ("BF16", 1280), ("BF16", 256), ("F32", 1 << 13), ("F32", 1300)]
+
+
+@pytest.mark.parametrize(("dtype", "row"), ROWS_OF_WEIGHTS if ON_GPU else ROWS_OF_WEIGHTS[:2])
+def test_coordinates_are_those_of_the_cpu(dtype: str, row: int) -> None:
+    """Clipped ones too, and zeros up to the end of the last segment."""
+    rng = np.random.default_rng(row)
+    count = row * (1300 // row if row < 1300 else 1)
+    weights = rng.standard_normal(count).astype(np.float32)
+    weights[:3] = 500
+    code = code_for(weights, dtype, row, 8, 0.5)
+    code = dataclasses.replace(code, per_step=np.float32(code.per_step * 20_000))
+    raw = narrow(weights, dtype).tobytes()
+    n_blocks = -(-count // 128)
+    padded = raw + bytes(n_blocks * 16 * ITEM_BITS[dtype] - len(raw))
+    found = DeviceSearch(code, DEVICE).steps(on_device(padded, torch.int32), 0, n_blocks).cpu().numpy()
+    expected = load_steps(raw, 0, code)
+    assert (np.abs(expected) == trellis.LARGEST).any()
+    assert found[: len(expected)].tobytes() == expected.tobytes()
+    assert len(found) % rans.SEGMENT == 0 and not found[len(expected) :].any()
+
+
+# --- a packed matrix ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "rows", "columns", "bits", "bias"), [(1, 140, 256, 5, True), (2, 70, 128, 4, False), (7, 33, 128, 8, True)]
+)
+def test_a_packed_matrix_multiplies_as_its_weights_do(n: int, rows: int, columns: int, bits: int, bias: bool) -> None:
+    """As closely as the dtype of the activations allows, and the decoded weights are those of the loader."""
+    generator = torch.Generator().manual_seed(bits)
+    n_blocks = rows * columns // 128
+    codes = torch.randint(256, (n_blocks, 16 * bits), dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(n_blocks, generator=generator) * 0.01).half().view(torch.int16)
+    levels = torch.from_numpy(normal_levels(bits)).view(torch.int32)
+    signs = torch.from_numpy(sign_vector().astype(np.int8))
+    weights = decode_blocks(codes, scales, levels, signs, -2, torch.float32, False)
+    # Triton's interpreter does not multiply matrices of bfloat16
+    for dtype, least in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2))[: 1 + ON_GPU]:
+        x = torch.randn((n, columns), generator=generator).to(dtype)
+        added = torch.randn(rows, generator=generator).to(dtype) if bias else None
+        exact = x.double() @ weights.reshape(rows, columns).double().T + (0 if added is None else added.double())
+        packed = [tensor.to(DEVICE) for tensor in (codes, scales, levels)]
+        rotated = packed_gpu.rotate(x.to(DEVICE), sign_words(sign_vector()))
+        found = packed_gpu.multiply(rotated, *packed, -2, None if added is None else added.to(DEVICE), dtype)
+        assert found.dtype is dtype
+        error = (found.cpu().double() - exact).norm() / exact.norm()
+        assert error < least / 4, error
+        decoded = packed_gpu.decode(*packed, sign_words(sign_vector()), -2, torch.float32)
+        assert torch.equal(decoded.cpu(), weights)

@@ -20,7 +20,7 @@ import msgspec
 from . import metadata as md
 from .errors import BadFrames, BadSet, BadValues, MissingInput, Usage, escape
 from .layout import MAX_METADATA
-from .reader import CHUNK, Reader
+from .reader import CHUNK, Memory, Reader
 
 SUFFIX = ".hlwq"
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.hlwq", re.DOTALL)
@@ -199,6 +199,12 @@ class SetReader(Reader):
     ) -> Iterator[bytes]:
         """As Reader.iter_section."""
         return self._holder(kind, owner).iter_section(kind, owner, section_kind, chunk)
+
+    def iter_section_into(
+        self, kind: str, owner: str, section_kind: md.Kind, chunk: int | Sequence[int], into: Memory
+    ) -> Iterator[memoryview]:
+        """As Reader.iter_section_into."""
+        return self._holder(kind, owner).iter_section_into(kind, owner, section_kind, chunk, into)
 
     def read_section(self, kind: str, owner: str, section_kind: md.Kind) -> bytes:
         """As Reader.read_section."""

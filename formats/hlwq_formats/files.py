@@ -64,13 +64,29 @@ class InputFile:
             except OSError as error:
                 raise IoFailure(f"cannot read at {offset}: {error.strerror}", file=self.name) from None
             if not part:
-                raise SourceChanged(
-                    f"{wanted} bytes at {offset} are gone: the file was cut while it was read", file=self.name
-                )
+                raise self._cut(wanted, offset)
             parts.append(part)
             offset += len(part)
             wanted -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill writable bytes from `offset`: `read` without new memory, which takes as long as the reading itself."""
+        if not hasattr(os, "preadv"):
+            buffer[:] = self.read(offset, len(buffer))
+            return
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._fd, [buffer[done : done + (1 << 30)]], offset + done)
+            except OSError as error:
+                raise IoFailure(f"cannot read at {offset + done}: {error.strerror}", file=self.name) from None
+            if not count:
+                raise self._cut(len(buffer) - done, offset + done)
+            done += count
+
+    def _cut(self, wanted: int, offset: int) -> SourceChanged:
+        return SourceChanged(f"{wanted} bytes at {offset} are gone: the file was cut while it was read", file=self.name)
 
     def _pread(self, length: int, offset: int) -> bytes:
         if hasattr(os, "pread"):

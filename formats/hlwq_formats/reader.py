@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, repeat
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 from msgspec import UNSET, UnsetType
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from . import bitpack, rans
 from . import metadata as md
+from .digest import PipelinedDigest
 from .errors import BadDigest, BadFrames, BadLayout, BadValues, Usage, escape
 from .files import ByteSource, InputFile
 from .layout import (
@@ -37,6 +39,10 @@ from .validate import validate
 CHUNK = 4 << 20
 MAX_LEVEL = 65504.0
 MAX_ROW_SCALE = 248  # times 128: the bits of infinity as a float16
+
+Memory = Callable[[int], memoryview]
+"""Gives writable memory of so many bytes, for something to be read to."""
+_Piece = TypeVar("_Piece", bytes, memoryview)
 
 SymbolCheck = Callable[[md.TrellisTensor, NDArray[np.uint16]], None]
 """Decode the symbols of a tensor, whose frequencies are given, and raise what is wrong with them."""
@@ -118,21 +124,53 @@ class Reader:
         Bytes are verified only once the iterator is exhausted: raises BadDigest then, and the caller must
         throw away what it made of them.
         """
+        yield from self._pieces(kind, owner, section_kind, chunk, self._file.read)
+
+    def iter_section_into(
+        self,
+        kind: str,
+        owner: str,
+        section_kind: md.Kind,
+        chunk: int | Sequence[int],
+        into: Memory,
+    ) -> Iterator[memoryview]:
+        """The same, each piece read to the writable memory that `into` gives for so many bytes. A piece is still being
+        hashed when it is yielded, but no longer when memory is asked for the second time after it."""
+
+        def read(offset: int, length: int) -> memoryview:
+            piece = into(length)
+            if isinstance(self._file, InputFile):
+                self._file.read_into(offset, piece)
+            else:
+                piece[:] = self._file.read(offset, length)
+            return piece
+
+        yield from self._pieces(kind, owner, section_kind, chunk, read)
+
+    def _pieces(
+        self,
+        kind: str,
+        owner: str,
+        section_kind: md.Kind,
+        chunk: int | Sequence[int],
+        read: Callable[[int, int], _Piece],
+    ) -> Iterator[_Piece]:
         i = self._index[kind, owner, section_kind]
         section, offset = self._sections[i], self._offsets[i]
         gap_start = self._offsets[i - 1] + self._sections[i - 1].length if i else HEADER_LEN
         self._check_padding(gap_start, self._file.read(gap_start, offset - gap_start))
-        digest, end = hashlib.sha256(), offset + section.length
+        digest, end = PipelinedDigest(section.length), offset + section.length
         for size in repeat(chunk) if isinstance(chunk, int) else chunk:
             if offset == end:
                 break
-            piece = self._file.read(offset, min(size, end - offset))
+            piece = read(offset, min(size, end - offset))
             offset += len(piece)
             digest.update(piece)
             yield piece
-        if digest.hexdigest() != section.sha256:
+        found = digest.hexdigest()
+        if found != section.sha256:
             raise BadDigest(
-                f"SHA-256 is {digest.hexdigest()[:16]}..., expected {section.sha256[:16]}...: the file is damaged",
+                f"SHA-256 is {found[:16]}..., expected {section.sha256[:16]}...: the file is damaged",
                 file=self.path,
                 tensor=owner if kind == "tensor" else None,
                 section=f'asset "{escape(owner, 120)}"' if kind == "asset" else section_kind,

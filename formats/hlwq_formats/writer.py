@@ -16,6 +16,7 @@ from types import TracebackType
 from . import metadata as md
 from .atomic import AtomicFile
 from .cut import publish_parts
+from .digest import PipelinedDigest
 from .errors import BadData, HlwqError, Internal, SelfCheckFailed, UnsupportedFeature
 from .interrupts import Gate, lift_gates, set_gates, uninterrupted
 from .layout import HEADER_LEN, Header, align, make_header, place_sections
@@ -34,7 +35,7 @@ class SectionWriter:
         self._kind = kind
         self._offset = self._position = offset
         self._length = length
-        self._digest = hashlib.sha256()
+        self._digest = PipelinedDigest(length)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`, items of one byte, to the section."""

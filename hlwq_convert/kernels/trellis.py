@@ -193,14 +193,18 @@ def find_indices(raw: bytes, start: int, code: TrellisCode) -> NDArray[np.int32]
     return indices
 
 
-def encoder(code: TrellisCode) -> Callable[[bytes, int], EncodedIndices]:
+FindIndices = Callable[[bytes, int], NDArray[np.int32]]
+"""find_indices for one tensor, by this or another device."""
+
+
+def encoder(code: TrellisCode, find: FindIndices | None = None) -> Callable[[bytes, int], EncodedIndices]:
     """trellis.quantize for chunks of one tensor: source bytes and the flat index of their first weight in,
-    EncodedIndices out."""
+    EncodedIndices out. `find` searches instead of find_indices."""
     tables = KernelTables(code.pairs)
     scales = code.unit * scale_values(code.row_scales)
 
     def encode_chunk(raw: bytes, start: int) -> EncodedIndices:
-        indices = find_indices(raw, start, code)
+        indices = find_indices(raw, start, code) if find is None else find(raw, start)
         count, n_blocks = len(raw) * 8 // ITEM_BITS[code.dtype], len(indices) // BLOCK
         sums, checksums = np.empty((4, n_blocks), np.float32), np.empty(n_blocks, np.uint32)
         items = _whole_blocks(raw, code.dtype)

@@ -74,6 +74,23 @@ def join_block(x: tl.tuple) -> tl.tensor:
 
 
 @part
+def look_up_code(levels: tl.tensor, mine: tl.tensor, code: tl.tensor, bits: tl.constexpr) -> tl.tensor:
+    """levels[code] for an (n, 4) tensor of codes of `bits` bits, of whatever further bits they have, and what
+    `levels_of_lanes` gave. Up to 32 levels are spread over the lanes of the warp, which is faster than memory."""
+    if bits > 5 or INTERPRETED:
+        return look_up(levels, code & ((1 << bits) - 1))
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [mine, code], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@part
+def levels_of_lanes(levels: tl.tensor, bits: tl.constexpr, rows: tl.constexpr) -> tl.tensor:
+    """(rows, 1) levels, one a thread where a thread has a row: over and over where there are fewer than 32."""
+    return tl.load(levels + tl.arange(0, rows) % (1 << bits))[:, None]
+
+
+@part
 def look_up(table: tl.tensor, index: tl.tensor) -> tl.tensor:
     """table[index] of 32-bit items."""
     if INTERPRETED:
@@ -129,12 +146,12 @@ def _unpack_code(words: tl.tuple, i: tl.constexpr, bits: tl.constexpr) -> tl.ten
     value = words[word] >> shift
     if shift + bits > 32:
         value |= words[word + 1] << (32 - shift)
-    return value & ((1 << bits) - 1)
+    return value
 
 
 @part
 def unpack(words: tl.tuple, bits: tl.constexpr) -> tl.tuple:
-    """bitpack.unpack of a block: 32 quads of uint32 from 4 * bits words."""
+    """bitpack.unpack of a block: 32 quads of uint32 from 4 * bits words, above each code some bits of the next."""
     codes = ()
     for i in tl.static_range(0, 128, 4):
         codes += (

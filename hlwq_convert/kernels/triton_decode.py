@@ -6,18 +6,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_block import flip, fwht, join_block, load_words, look_up, narrow, part, unpack
+from .triton_block import flip, fwht, join_block, levels_of_lanes, load_words, look_up_code, narrow, part, unpack
 
 
 @part
 def restore(
     codes: tl.tuple, scale: tl.tensor, levels: tl.tensor, s0: tl.tensor, s1: tl.tensor, s2: tl.tensor, s3: tl.tensor,
-    kind: tl.constexpr,
+    bits: tl.constexpr, kind: tl.constexpr,
 ) -> tl.tuple:  # fmt: skip
     """The weights of blocks as `kind`, from their codes and float32 scales."""
+    mine = levels_of_lanes(levels, bits, scale.shape[0])
     x = ()
     for i in tl.static_range(32):
-        x += (look_up(levels, codes[i]),)
+        x += (look_up_code(levels, mine, codes[i], bits),)
     x = fwht(x)
     y = ()
     for i in tl.static_range(32):
@@ -42,6 +43,6 @@ def decode_blocks(
     words = load_words(packed + tl.minimum(block, n_blocks - 1) * (4 * bits), 4 * bits)
     scale = tl.load(scales + block, mask=mask, other=0).to(tl.float32) * unit
     kind: tl.constexpr = result.dtype.element_ty
-    weights = restore(unpack(words, bits), scale, levels, s0, s1, s2, s3, kind)
+    weights = restore(unpack(words, bits), scale, levels, s0, s1, s2, s3, bits, kind)
     place = result + block[:, None] * 128 + tl.arange(0, 128)[None, :]
     tl.store(place, join_block(weights), mask=mask[:, None])

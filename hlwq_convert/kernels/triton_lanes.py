@@ -90,6 +90,35 @@ def scale_by(x: tl.tuple, factor: tl.tensor) -> tl.tuple:
 
 
 @part
+def row_factors(
+    factors: tl.tensor, n_rows: tl.tensor, row: tl.tensor, first: tl.tensor, even_rows: tl.constexpr
+) -> tl.tuple:
+    """32 factors, one for each row of `row` weights, of the weights of blocks that begin at the flat indices `first`,
+    (n,) int64: all the same where rows are whole blocks."""
+    place = first // row
+    every = tl.load(factors + tl.minimum(place, n_rows - 1))[:, None]
+    left = tl.minimum(row - (first - place * row), 1 << 20).to(tl.int32)[:, None]  # weights until the next row begins
+    y = ()
+    for i in tl.static_range(32):
+        if even_rows:
+            y += (every,)
+        else:
+            beyond = (8 * (i // 2) + i % 2 + 2 * tl.arange(0, 4))[None, :] - left
+            rows = tl.where(beyond < 0, 0, 1 + beyond // tl.minimum(row, 1 << 20).to(tl.int32))
+            y += (tl.load(factors + tl.minimum(place[:, None] + rows, n_rows - 1)),)
+    return y
+
+
+@part
+def multiply(a: tl.tuple, b: tl.tuple) -> tl.tuple:
+    """Coordinate by coordinate."""
+    y = ()
+    for i in tl.static_range(32):
+        y += (a[i] * b[i],)
+    return y
+
+
+@part
 def flip(words: tl.tuple, signs: tl.tuple) -> tl.tuple:
     """Weights times signs, both as load_block has them: the signs are the bits of zeros, positive or negative."""
     y = ()
@@ -111,6 +140,18 @@ def load_block(start: tl.tensor, kind: tl.constexpr) -> tl.tuple:
         else:
             words += (tl.load(start[:, None] + lane + 4 * j).to(tl.uint32, bitcast=True),)
     return words
+
+
+@part
+def store_block(start: tl.tensor, words: tl.tuple, kind: tl.constexpr, mask: tl.tensor) -> None:
+    """Write the words of load_block to (n,) pointers to int32, where `mask`, (n, 1)."""
+    lane = tl.arange(0, 4)[None, :]
+    for j in tl.static_range(16):
+        if kind == tl.float32:
+            tl.store(start[:, None] + 2 * lane + 8 * j, words[2 * j].to(tl.int32, bitcast=True), mask=mask)
+            tl.store(start[:, None] + 2 * lane + (8 * j + 1), words[2 * j + 1].to(tl.int32, bitcast=True), mask=mask)
+        else:
+            tl.store(start[:, None] + lane + 4 * j, words[j].to(tl.int32, bitcast=True), mask=mask)
 
 
 @part

@@ -6,21 +6,28 @@ the kernel of another runs; no bit depends on which is first.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hlwq_formats import rans
 from hlwq_formats.dtypes import ITEM_BITS
 from hlwq_formats.errors import NoDevice, escape
 from hlwq_formats.layout import BLOCK
 
 from ..quantize import EncodedChunk, ScalarCode
+from ..survey import Encode, MakeEncoder
+from ..trellis import TrellisCode
 
-_DEPTH = 2  # copies to the GPU that a lane may have under way
+TRELLIS_RUN = 64
+"""Chunks of a trellis that are decoded at once: each takes a warp some milliseconds."""
+
+_DEPTH = 2  # buffers of a lane: one is read to while what is in the other is hashed and copied
 
 
 def can_run_kernels() -> bool:
@@ -32,6 +39,12 @@ def can_run_kernels() -> bool:
     except ImportError:
         return False
     return True
+
+
+def sign_words(signs: NDArray[np.float32]) -> list[int]:
+    """(128,) signs as four signed 32-bit words of sign bits."""
+    bits: list[int] = np.packbits(signs < 0, bitorder="little").view("<i4").tolist()
+    return bits
 
 
 def find_devices(device: str) -> list[torch.device]:
@@ -59,21 +72,22 @@ class _Lane:
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * _DEPTH
         self._free = [torch.cuda.Event() for _ in range(_DEPTH)]
         self._next = 0
+        self._claimed = self._buffers[0]
         self.back = torch.empty(0, dtype=torch.uint8)
 
-    def send(self, parts: list[NDArray[np.uint8]]) -> torch.Tensor:
-        """A device copy of arrays of bytes one after the other, complete when the stream gets there."""
-        size, turn = sum(len(part) for part in parts), self._next
-        self._next = (turn + 1) % _DEPTH
-        self._free[turn].synchronize()
-        if len(self._buffers[turn]) < size:
-            self._buffers[turn] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        place, start = self._buffers[turn].numpy(), 0
-        for part in parts:
-            place[start : start + len(part)] = part
-            start += len(part)
-        sent = self._buffers[turn][:size].to(self.stream.device, non_blocking=True)
-        self._free[turn].record(self.stream)
+    def claim(self, size: int) -> NDArray[np.uint8]:
+        """Pinned memory of so many bytes, to be filled and sent: what it held before has been copied."""
+        self._free[self._next].synchronize()
+        if len(self._buffers[self._next]) < size:
+            self._buffers[self._next] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self._claimed = self._buffers[self._next][:size]
+        return self._claimed.numpy()
+
+    def send(self) -> torch.Tensor:
+        """A device copy of what was claimed last, complete when the stream gets there."""
+        sent = self._claimed.to(self.stream.device, non_blocking=True)
+        self._free[self._next].record(self.stream)
+        self._next = (self._next + 1) % _DEPTH
         return sent
 
     def fetch(self, result: torch.Tensor) -> torch.Tensor:
@@ -95,15 +109,18 @@ def _lane(device: torch.device) -> _Lane:
     return lanes[device]
 
 
-def make_encoders(device: str) -> Callable[[ScalarCode], Callable[[bytes], EncodedChunk]]:
-    """A function like kernels.encode.encoder whose encoders work on `device`, one GPU after another in turn."""
+def make_encoders(device: str) -> MakeEncoder:
+    """What makes encoders that work on `device`, one GPU after another in turn."""
     turns = itertools.cycle(find_devices(device))
     lock = threading.Lock()
 
-    def make(code: ScalarCode) -> Callable[[bytes], EncodedChunk]:
+    def make(code: ScalarCode | TrellisCode) -> Encode:
         with lock:
             mine = next(turns)
-        return encoder(code, mine)
+        if isinstance(code, TrellisCode):
+            return trellis_encoder(code, mine)
+        encode = encoder(code, mine)
+        return lambda raw, start: encode(raw)
 
     return make
 
@@ -123,7 +140,8 @@ def encoder(code: ScalarCode, device: torch.device) -> Callable[[bytes], Encoded
             return on_cpu(raw)
         lane = _lane(device)
         with torch.cuda.device(device), torch.cuda.stream(lane.stream):
-            items = lane.send([np.frombuffer(raw, np.uint8, n_blocks * block_bytes)])
+            lane.claim(n_blocks * block_bytes)[:] = np.frombuffer(raw, np.uint8, n_blocks * block_bytes)
+            items = lane.send()
             result = torch.empty(on_device.result_bytes(n_blocks), dtype=torch.uint8, device=device)
             on_device.encode(items.view(torch.int32), n_blocks, result)
             chunk = EncodedChunk(*on_device.split_result(n_blocks, lane.fetch(result)))
@@ -133,33 +151,108 @@ def encoder(code: ScalarCode, device: torch.device) -> Callable[[bytes], Encoded
     return encode
 
 
-class Decoder:
-    """Decodes chunks of one tensor into memory of a GPU, on the stream of the thread that calls."""
+def trellis_encoder(code: TrellisCode, device: torch.device) -> Encode:
+    """trellis.quantize for chunks of one tensor with the same bits: a GPU finds the indices, the CPU codes them."""
+    from ..kernels.trellis import encoder as encoder_on_cpu
+    from .launch_trellis import DeviceSearch
 
-    def __init__(self, code: ScalarCode, result: torch.Tensor, allocated: torch.cuda.Event) -> None:
-        """`result`: (numel,) bfloat16, float16 or float32 on the GPU, free to be written after `allocated`."""
-        from .launch import DeviceCode
+    on_device = DeviceSearch(code, device)
 
-        self._code = DeviceCode(code, result.device)
-        self._result = result
-        self._allocated = allocated
-
-    def decode(self, packed: bytes, scales: NDArray[np.float16], start: int) -> None:
-        """Begin to decode a run of blocks to `result` from its item `start`."""
-        device, result = self._result.device, self._result[start : start + len(scales) * BLOCK]
+    def find(raw: bytes, start: int) -> NDArray[np.int32]:
+        n_blocks = -(-len(raw) * 8 // (ITEM_BITS[code.dtype] * BLOCK))
         lane = _lane(device)
-        whole = len(result) // BLOCK
         with torch.cuda.device(device), torch.cuda.stream(lane.stream):
-            lane.stream.wait_event(self._allocated)
-            sent = lane.send([np.frombuffer(packed, np.uint8), scales.view(np.uint8)])
-            codes, halves = sent[: len(packed)].view(torch.int32), sent[len(packed) :].view(torch.float16)
-            if whole:
-                self._code.decode(codes, halves[:whole], result)
-            if whole < len(scales):  # the padded block, once a tensor
-                last = torch.empty(BLOCK, dtype=result.dtype, device=device)
-                self._code.decode(codes[whole * 4 * self._code.bits :], halves[whole:], last)
-                result[whole * BLOCK :].copy_(last[: len(result) - whole * BLOCK])
+            claimed = lane.claim(n_blocks * BLOCK * ITEM_BITS[code.dtype] // 8)
+            claimed[: len(raw)] = np.frombuffer(raw, np.uint8)
+            claimed[len(raw) :] = 0
+            indices = on_device.find(lane.send().view(torch.int32), start, n_blocks)
+            return lane.fetch(indices[: n_blocks * BLOCK].view(torch.uint8)).numpy().view(np.int32)
+
+    return encoder_on_cpu(code, find)
+
+
+class _TensorDecoder:
+    """Decodes runs of one tensor into memory of a GPU, on the stream of the thread that calls."""
+
+    def __init__(self, result: torch.Tensor, allocated: torch.cuda.Event) -> None:
+        """`result`: (numel,) bfloat16, float16 or float32 on the GPU, free to be written after `allocated`."""
+        self._result = result
+        self._last = torch.empty(BLOCK, dtype=result.dtype, device=result.device)  # a block that is cut short
+        self._lane = _lane(result.device)
+        self._lane.stream.wait_event(allocated)
+        self._lane.stream.wait_stream(torch.cuda.current_stream(result.device))
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        with torch.cuda.device(self._result.device), torch.cuda.stream(self._lane.stream):
+            yield
 
     def finish(self) -> None:
         """Wait until everything that this thread began is done."""
-        _lane(self._result.device).stream.synchronize()
+        self._lane.stream.synchronize()
+
+
+class ScalarDecoder(_TensorDecoder):
+    """For scalar codes."""
+
+    def __init__(self, code: ScalarCode, result: torch.Tensor, allocated: torch.cuda.Event) -> None:
+        from .launch import DeviceCode
+
+        self._code = DeviceCode(code, result.device)
+        super().__init__(result, allocated)
+
+    def claim(self, size: int) -> memoryview:
+        """Memory for the packed codes of a run, to be read to before `decode`."""
+        self._claimed = self._lane.claim(size + size // (8 * self._code.bits))
+        return self._claimed.data[:size]
+
+    def decode(self, scales: NDArray[np.float16], start: int) -> None:
+        """Begin to decode the blocks whose codes were read, to `result` from its item `start`."""
+        size = 2 * len(scales)
+        self._claimed[-size:] = scales.view(np.uint8)
+        result = self._result[start : start + len(scales) * BLOCK]
+        whole = len(result) // BLOCK
+        with self._on_stream():
+            sent = self._lane.send()
+            codes, halves = sent[:-size].view(torch.int32), sent[-size:].view(torch.float16)
+            if whole:
+                self._code.decode(codes, halves[:whole], result)
+            if whole < len(scales):  # the padded block, once a tensor
+                self._code.decode(codes[whole * 4 * self._code.bits :], halves[whole:], self._last)
+                result[whole * BLOCK :].copy_(self._last[: len(result) - whole * BLOCK])
+
+
+class TrellisDecoder(_TensorDecoder):
+    """For the indices of a trellis."""
+
+    def __init__(self, code: TrellisCode, result: torch.Tensor, allocated: torch.cuda.Event) -> None:
+        from .launch_trellis import DeviceTrellis
+
+        self._code = DeviceTrellis(code, result.device)
+        self._good: list[torch.Tensor] = []
+        super().__init__(result, allocated)
+
+    def claim(self, size: int) -> memoryview:
+        """Memory for a run of chunks, to be read to before `decode`."""
+        self._claimed, self._size = self._lane.claim(-(-size // 16) * 16 + 8 * (TRELLIS_RUN + 1)), size
+        return self._claimed.data[:size]
+
+    def decode(self, lengths: Sequence[int], first_chunk: int) -> None:
+        """Begin to decode the chunks that were read, of so many bytes each, TRELLIS_RUN at most."""
+        places = self._claimed[-8 * (len(lengths) + 1) :].view(np.int64)
+        places[0] = 0
+        np.cumsum(lengths, out=places[1:])
+        places //= 2
+        start = first_chunk * rans.CHUNK
+        result = self._result[start : start + len(lengths) * rans.CHUNK]
+        with self._on_stream():
+            sent = self._lane.send()
+            words, on_device = sent[: self._size].view(torch.int16), sent[-8 * (len(lengths) + 1) :].view(torch.int64)
+            self._good.append(self._code.decode(words, on_device, first_chunk, result, self._last))
+            if len(result) % BLOCK:
+                result[len(result) // BLOCK * BLOCK :].copy_(self._last[: len(result) % BLOCK])
+
+    def bad_chunk(self) -> int | None:
+        """The number of the first chunk that is not what an encoder writes, when all is finished."""
+        good = torch.cat(self._good).cpu()
+        return None if bool(good.all()) else int(good.argmin())

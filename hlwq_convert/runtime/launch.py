@@ -6,7 +6,9 @@ tensors may lie on the CPU. Importing this module imports Triton, which only a C
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from ..kernels.triton_decode import decode_blocks
 from ..kernels.triton_encode import encode_blocks
 from ..quantize import ScalarCode, power_of_two
 from ..scalar import gains_of, penalty_of
+from .gpu import sign_words
 
 ROWS = 32
 """Blocks that a program decodes, one a thread: one warp, so that no thread waits for those of another."""
@@ -26,16 +29,28 @@ ROWS = 32
 DECODING: dict[str, Any] = {"rows": ROWS, "num_warps": 1, "enable_fp_fusion": False}
 ENCODING: dict[str, Any] = {"rows": 16, "num_warps": 2, "enable_fp_fusion": False}
 
-_launching = threading.Lock()
-"""Triton compiles a kernel in every thread that finds it not compiled: one at a time, so that it is done once."""
+_compiling = threading.Lock()
+_compiled: set[tuple[object, ...]] = set()
+
+
+@contextlib.contextmanager
+def launching(*kernel: object) -> Iterator[None]:
+    """Around the launch of a kernel, named by all that it is compiled for. Triton compiles one in every thread that
+    finds it not compiled: the first launch is made by one thread at a time, so that it is done once."""
+    if kernel in _compiled:
+        yield
+        return
+    with _compiling:
+        yield
+    _compiled.add(kernel)
+
 
 OWN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def sign_words(signs: NDArray[np.float32]) -> list[int]:
-    """(128,) signs as four signed 32-bit words of sign bits."""
-    bits: list[int] = np.packbits(signs < 0, bitorder="little").view("<i4").tolist()
-    return bits
+def zeros_with(signs: NDArray[np.float32], dtype: str, device: torch.device) -> torch.Tensor:
+    """128 zeros of `dtype` with the signs of a block, as int32."""
+    return torch.from_numpy(signs * np.float32(0)).to(OWN[dtype]).view(torch.int32).to(device)
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class DeviceCode:
         """Write the weights of (n_blocks,) float16 `scales` and their packed codes, (n_blocks * 4 * bits,) int32
         aligned to 16 bytes, to `result`: (n_blocks * 128,) of a dtype of weights, aligned too."""
         n_blocks = len(scales)
-        with _launching:
+        with launching(decode_blocks, self.bits, result.dtype):
             decode_blocks[-(-n_blocks // ROWS),](
                 packed, scales, self._levels, *self._signs, self._unit, result, n_blocks, bits=self.bits, **DECODING
             )
@@ -105,8 +120,7 @@ class DeviceEncoder(DeviceCode):
         self._gains = torch.from_numpy(gains_of(code.effort)).to(device)
         self._penalty = float(penalty_of(code.effort, code.bits))
         self._to_unit = float(power_of_two(-code.exponent))
-        zeros = torch.from_numpy(code.signs * np.float32(0)).to(OWN[code.dtype])
-        self._zeros = zeros.view(torch.int32).to(device)
+        self._zeros = zeros_with(code.signs, code.dtype, device)
         self._dtype = code.dtype
 
     def result_bytes(self, n_blocks: int) -> int:
@@ -117,7 +131,7 @@ class DeviceEncoder(DeviceCode):
         """Code n_blocks blocks of weights, as int32, and write to `result`, (result_bytes,) uint8, what
         split_result takes apart; both aligned to 16 bytes."""
         packed, sums, checksums, scales = self._parts(n_blocks, result)
-        with _launching:
+        with launching(encode_blocks, self._dtype, self.bits, len(self._gains), self._in_cells):
             encode_blocks[-(-n_blocks // ENCODING["rows"]),](
                 items, self._to_unit, self._unit, self._zeros, self._levels, self._above, self._cells, self._per_cell,
                 len(self._cells) - 1, self._gains, self._penalty, packed.view(torch.int32), scales.view(torch.float16),

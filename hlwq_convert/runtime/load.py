@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from msgspec import UnsetType
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import BIT_PATTERNS, WEIGHT_DTYPES
@@ -19,10 +20,10 @@ from hlwq_formats.file_set import open_set
 from hlwq_formats.layout import numel
 from hlwq_formats.reader import Reader
 
-from ..decode import CodeChunk, Piece, code_chunks, decode_tasks, pieces, read_raw, scalar_code
+from ..decode import CodeChunk, Piece, code_chunks, decode_tasks, pieces, read_raw, scalar_code, trellis_code
 from ..parallel import call, default_workers, ordered_map
 from .dequantize import TorchCode
-from .gpu import Decoder, can_run_kernels
+from .gpu import TRELLIS_RUN, ScalarDecoder, TrellisDecoder, can_run_kernels
 
 TORCH: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -52,7 +53,7 @@ TAGS = {TORCH[tag]: tag for tag in WEIGHT_DTYPES}
 """The torch dtypes that the decoder rounds to by itself."""
 
 
-_GPU_CHUNK = 4 << 20
+_GPU_CHUNK = 16 << 20
 """Weights that go to a GPU at once: enough to fill one."""
 
 
@@ -68,7 +69,10 @@ def load_state_dict(
     Every byte of the file is verified. With `dtype`, floating-point tensors come in it: quantized ones are
     rounded once, from the decoder's float32. Raises an HlwqError for a file that is damaged or hostile.
     """
-    return dict(iter_tensors(path, device, dtype, workers))
+    check_dtype(dtype)
+    with Reader(path) as reader:
+        reader.verify_shared()
+        return dict(iter_reader(reader, list(reader.tensors), device, lambda _: dtype, workers, keep=True))
 
 
 def iter_tensors(
@@ -101,10 +105,12 @@ def iter_reader(
     device: str | torch.device,
     dtype_of: Callable[[str], torch.dtype | None],
     workers: int | None = None,
+    keep: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """iter_tensors for some tensors of an open file, each in the dtype that `dtype_of` its name wants.
 
     What is decoded once for two names is held until the second was yielded. Signs and assets are left unverified.
+    With `keep`, for a caller who keeps all tensors, a GPU need not wait with others until one is taken.
     """
     workers = workers or default_workers()
     parts = [(reader.stored_tensor(name), dtype_of(name)) for name in names]
@@ -113,7 +119,10 @@ def iter_reader(
     wanted = [(reader.stored_tensor(name), dtype) for name, dtype in first]
     shared: dict[tuple[str, torch.dtype | None], torch.Tensor] = {}
     with ThreadPoolExecutor(workers, "hlwq") as pool:
-        loaded = _load(reader, wanted, pool, 2 * workers, torch.device(device))
+        device = torch.device(device)
+        # on a CPU what is ahead holds what was read for it, on a GPU no more than its result
+        ahead = len(wanted) if keep and device.type == "cuda" else 2 * workers
+        loaded = _load(reader, wanted, pool, ahead, device)
         for name, (tensor, dtype) in zip(names, parts, strict=True):
             key = tensor.name, dtype
             users[key] -= 1
@@ -174,7 +183,7 @@ def _tasks(
         # the kernels round to the dtypes of weights, torch to any other
         direct = wanted if wanted in TAGS or not kernels else torch.float32
         result = torch.empty(numel(tensor.shape), dtype=direct, device=device)
-        if device.type == "cuda" and kernels and isinstance(tensor, md.ScalarTensor):
+        if device.type == "cuda" and kernels:
             allocated = torch.cuda.current_stream(device).record_event()
             yield partial(_decode_on_gpu, reader, tensor, result, allocated, wanted)
             continue
@@ -195,16 +204,38 @@ def _load_raw(
 
 
 def _decode_on_gpu(
-    reader: Reader, tensor: md.ScalarTensor, result: torch.Tensor, allocated: torch.cuda.Event, wanted: torch.dtype
+    reader: Reader, tensor: md.QuantizedTensor, result: torch.Tensor, allocated: torch.cuda.Event, wanted: torch.dtype
 ) -> _Loaded:
     """One tensor, read, verified and decoded by one thread, while others do the same with the next ones."""
-    on_gpu = Decoder(scalar_code(reader, tensor), result, allocated)
+    if isinstance(tensor, md.ScalarTensor):
+        _decode_codes(reader, tensor, ScalarDecoder(scalar_code(reader, tensor), result, allocated))
+    else:
+        _decode_symbols(reader, tensor, TrellisDecoder(trellis_code(reader, tensor), result, allocated))
+    return _Loaded(result.reshape(tensor.shape), wanted)
+
+
+def _decode_codes(reader: Reader, tensor: md.ScalarTensor, on_gpu: ScalarDecoder) -> None:
     try:
-        for chunk in code_chunks(reader, tensor, _GPU_CHUNK):
-            on_gpu.decode(chunk.packed, chunk.scales, chunk.start)
+        for chunk in code_chunks(reader, tensor, _GPU_CHUNK, on_gpu.claim):
+            on_gpu.decode(chunk.scales, chunk.start)
     finally:  # nothing may write to the result when it is returned, or thrown away
         on_gpu.finish()
-    return _Loaded(result.reshape(tensor.shape), wanted)
+
+
+def _decode_symbols(reader: Reader, tensor: md.TrellisTensor, on_gpu: TrellisDecoder) -> None:
+    lengths = tensor.sections[-1].chunks
+    assert not isinstance(lengths, UnsetType)
+    runs = [lengths[first : first + TRELLIS_RUN] for first in range(0, len(lengths), TRELLIS_RUN)]
+    sizes = [sum(run) for run in runs]
+    try:
+        pieces = reader.iter_section_into("tensor", tensor.name, "symbols", sizes, on_gpu.claim)
+        for number, (_, run) in enumerate(zip(pieces, runs, strict=True)):  # to its end, where it is verified
+            on_gpu.decode(run, number * TRELLIS_RUN)
+    finally:
+        on_gpu.finish()
+    bad = on_gpu.bad_chunk()
+    if bad is not None:
+        raise reader.bad_chunk(tensor, bad)
 
 
 def _device_tasks(reader: Reader, tensor: md.QuantizedTensor, result: torch.Tensor) -> Iterator[Callable[[], None]]:

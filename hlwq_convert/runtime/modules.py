@@ -57,8 +57,11 @@ class HlwqLinear(_Packed, nn.Linear):  # type: ignore[override]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
         rows, matrix = self.matrix.rows, self.matrix
-        if isinstance(matrix, PackedMatrix) and matrix.whole_blocks:
-            x, rows = self.rotation(x, matrix), matrix.rotated_rows
+        if isinstance(matrix, PackedMatrix):
+            if matrix.can_multiply(x):
+                return matrix.multiply(self.rotation(x, matrix), self.bias, x.dtype)
+            if matrix.whole_blocks and not matrix.on_gpu:
+                x, rows = self.rotation(x, matrix), matrix.rotated_rows
         parts = []
         for start in range(0, matrix.shape[0], matrix.step):
             stop = min(start + matrix.step, matrix.shape[0])

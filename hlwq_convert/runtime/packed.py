@@ -1,6 +1,6 @@
 """A matrix that stays in memory as its file stores it, and gives its rows when they are asked for.
 
-On the CPU the kernels of the loader decode it, behind one operator that torch.compile takes as it is. Elsewhere
+On the CPU and on NVIDIA GPUs kernels work on it, behind operators that torch.compile takes as they are. Elsewhere
 plain torch operations do, which compile into whatever they meet.
 """
 
@@ -21,6 +21,7 @@ from hlwq_formats.reader import Reader
 from ..decode import code_chunks, scalar_code
 from ..quantize import ScalarCode
 from .dequantize import fwht, unpack
+from .gpu import can_run_kernels, sign_words
 from .load import TAGS
 from .packed_trellis import PackedTrellis, read_trellis, trellis_bytes
 from .threads import run_all, workers
@@ -31,6 +32,11 @@ that they have unrotated (the transform multiplies by sqrt(128)), which fp16 nee
 
 _STEP = 1 << 21
 """Weights that are decoded at once."""
+_GPU_STEP = 1 << 26
+"""The same on a GPU, which is idle between small pieces."""
+
+_FUSED = 16
+"""Activations up to which a GPU multiplies with weights as they are stored, the BATCH of kernels.triton_linear."""
 
 _PART = 1 << 18
 """Weights for which another thread is worth while."""
@@ -58,6 +64,9 @@ class PackedMatrix(nn.Module):
         self.register_buffer("levels", torch.from_numpy(code.levels.copy()).view(torch.int32).to(device))
         self.register_buffer("signs", torch.from_numpy(code.signs.astype(np.int8)).to(device))
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self._has_kernels, self._sign_words = can_run_kernels(), sign_words(code.signs)
+        if self._has_kernels:
+            from . import packed_gpu  # noqa: F401  # defines the operators; not before there is a GPU: it imports Triton
 
     @property
     def whole_blocks(self) -> bool:
@@ -67,7 +76,12 @@ class PackedMatrix(nn.Module):
     @property
     def step(self) -> int:
         """How many rows to ask for at once."""
-        return max(1, _STEP // self.shape[1])
+        return max(1, (_GPU_STEP if self.on_gpu else _STEP) // self.shape[1])
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the kernels of packed_gpu do the work."""
+        return self._has_kernels and self.codes.is_cuda
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """(stop - start, columns): the same bits as the loader gives, rounded once to `dtype`."""
@@ -84,9 +98,26 @@ class PackedMatrix(nn.Module):
         return self._decode(self.codes[part], self.scales[part], dtype, True).reshape(stop - start, self.shape[1])
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """What `rotated_rows` is to be multiplied by: (..., columns), computed in float32, in the dtype of `x`."""
+        """What `rotated_rows` is to be multiplied by: (..., columns), computed in float32, in the dtype of `x`. Where
+        `can_multiply`, what `multiply` takes."""
+        if self.can_multiply(x):
+            rotated: torch.Tensor = torch.ops.hlwq.rotate_rows(x.reshape(-1, self.shape[1]), self._sign_words)
+            return rotated.reshape(x.shape)
         blocks = x.reshape(-1, BLOCK).float() * self.signs
         return (fwht(blocks) * 2.0**-_ROTATED_EXPONENT).to(x.dtype).reshape(x.shape)
+
+    def can_multiply(self, x: torch.Tensor) -> bool:
+        """Whether `multiply` takes so many activations, (..., columns), of this dtype."""
+        few = 0 < x.numel() <= _FUSED * self.shape[1] and x.dtype in (torch.bfloat16, torch.float16)
+        return self.on_gpu and self.whole_blocks and few and not (torch.is_grad_enabled() and x.requires_grad)
+
+    def multiply(self, rotated: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """(..., rows) of what `rotate` gave: the weights are read once, as they are stored."""
+        flat = rotated.reshape(-1, self.shape[1])
+        product: torch.Tensor = torch.ops.hlwq.multiply_rows(
+            flat, self.codes, self.scales, self.levels, self.exponent, bias, dtype
+        )
+        return product.reshape(*rotated.shape[:-1], self.shape[0])
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """(n, columns) rows of (n,) indices, in the dtype of the model."""
@@ -101,6 +132,11 @@ class PackedMatrix(nn.Module):
         return values.reshape(len(index), spanned * BLOCK).gather(1, place)
 
     def _decode(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, rotated: bool) -> torch.Tensor:
+        if self.on_gpu and not rotated:
+            decoded: torch.Tensor = torch.ops.hlwq.decode_rows(
+                codes, scales, self.levels, self._sign_words, self.exponent, dtype
+            )
+            return decoded
         decode = _decode_on_cpu if codes.device.type == "cpu" else decode_blocks
         return decode(codes, scales, self.levels, self.signs, self.exponent, dtype, rotated)
 

@@ -1,0 +1,36 @@
+"""SHA-256 of bytes that come in pieces, one piece behind: reading or writing the next one takes place meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+
+_LARGE = 4 << 20  # bytes; for fewer a thread is not worth while
+
+
+class PipelinedDigest:
+    """hashlib.sha256 for a stream of `length` bytes, None for one of unknown length. A piece must stay as it is until
+    the second call after the one that took it: then it has been hashed."""
+
+    def __init__(self, length: int | None) -> None:
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, "hlwq-hash") if length is None or length >= _LARGE else None
+        self._last: Future[None] | None = None
+
+    def update(self, piece: bytes | memoryview) -> None:
+        """Take the next piece."""
+        if self._thread is None:
+            self._digest.update(piece)
+            return
+        self._wait()
+        self._last = self._thread.submit(self._digest.update, piece)
+
+    def hexdigest(self) -> str:
+        """The digest of all pieces."""
+        self._wait()
+        return self._digest.hexdigest()
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+            self._last = None
