@@ -211,7 +211,7 @@ def draw(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(6 * len(kinds), 4.5), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         for label, marker in LABELS:
-            some = [(r["bits"], r[kind]) for r in rows if r["name"].startswith(label) and ", " not in r["name"][:9]]
+            some = [(r["bits"], r[kind]) for r in rows if r["name"].startswith(label) and "size of" not in r["name"]]
             if some:
                 line = "-" if label in ("trellis", "nncodec") else "none"
                 axes.plot(*zip(*sorted(some), strict=True), marker=marker, linestyle=line, label=label)
