@@ -186,7 +186,7 @@ def decoded_on_device(
     return good.tolist(), result[:count].view(torch.uint8).cpu().numpy().view(BIT_PATTERNS[dtype])
 
 
-ON_EITHER: list[tuple[str, int, int, States, float]] = [("BF16", 100, 10, 32, 0.5)]
+ON_EITHER: list[tuple[str, int, int, States, float]] = [("BF16", 100, 10, 32, 0.5), ("F16", 1124, 1124, 8, 0.02)]
 """dtype, weights, row, states, step: what the interpreter has time for."""
 ON_DEVICE: list[tuple[str, int, int, States, float]] = [
     ("BF16", 2 * CHUNK - 77 * 128, 128, 8, 0.4),

@@ -254,5 +254,5 @@ class TrellisDecoder(_TensorDecoder):
 
     def bad_chunk(self) -> int | None:
         """The number of the first chunk that is not what an encoder writes, when all is finished."""
-        good = torch.cat(self._good).cpu()
-        return None if bool(good.all()) else int(good.argmin())
+        bad = (torch.cat(self._good) == 0).nonzero()
+        return int(bad[0]) if len(bad) else None
