@@ -138,7 +138,9 @@ def run(
             job.warnings.extend(tie_warnings(job, aliases))
         plannings = [_plan(job, os.fspath(out), aliases) for job, out in zip(jobs, outs, strict=True)]
         made = _make(plannings, settings, pool, writers, progress)
-        return publish([made[planning.path] for planning in plannings], writers, progress, overwrite=overwrite)
+        found = publish([made[planning.path] for planning in plannings], writers, progress, overwrite=overwrite)
+    # returned from inside of the `with`, it would leave a moment in which a signal passes by the writers
+    return found  # noqa: RET504
 
 
 def _plan(job: Job, path: str, aliases: dict[str, str]) -> Planning:

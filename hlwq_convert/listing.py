@@ -21,7 +21,10 @@ _WORST: dict[str, Callable[[TensorInfo], float | None]] = {
     "cosine": lambda t: t.cosine,
     "sqnr": lambda t: t.sqnr_db,
 }
-_COLUMNS = ["name", "shape", "dtype", "encoding", "bits", "bpw", "bytes", "cosine", "sqnr_db", "rel_mse", "reason"]
+_COLUMNS = [
+    "name", "shape", "dtype", "encoding", "bits", "bpw", "bytes", "cosine", "sqnr_db", "rel_mse", "entropy_bytes",
+    "coder_loss", "reason",
+]  # fmt: skip
 
 
 def compile_filter(pattern: str) -> re.Pattern[str]:
@@ -56,7 +59,7 @@ def to_csv(tensors: list[TensorInfo]) -> str:
     writer.writerow(_COLUMNS)
     for t in tensors:
         shape = "x".join(map(str, t.shape)) or "0-d"
-        numbers = [t.bits, t.bpw, t.bytes, t.cosine, t.sqnr_db, t.rel_mse]
+        numbers = [t.bits, t.bpw, t.bytes, t.cosine, t.sqnr_db, t.rel_mse, t.entropy_bytes, t.coder_loss]
         writer.writerow([_plain(t.name), shape, t.dtype, t.encoding, *numbers, _plain(t.reason)])
     return text.getvalue()
 

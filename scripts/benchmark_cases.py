@@ -23,6 +23,7 @@ from benchmark_peers import make_peers, version_of
 from numpy.typing import NDArray
 
 import hlwq_convert as h
+from hlwq_convert.conversion import choose_encoder
 from hlwq_convert.job import prepare
 from hlwq_convert.plan import Choice
 from hlwq_convert.quantize import CHUNK, ScalarCode
@@ -89,8 +90,7 @@ class Part:
 
 def take_sample(model_dir: Path, limit: int) -> list[Part]:
     """Up to `limit` weights of the bfloat16 tensors that are quantized, an eighth of them from one at most."""
-    from hlwq_convert.kernels.encode import encoder
-
+    make_encoder = choose_encoder("cpu")
     job = prepare(model_dir, BITS)
     parts: list[Part] = []
     for tensor in job.source.tensors:
@@ -101,14 +101,14 @@ def take_sample(model_dir: Path, limit: int) -> list[Part]:
             continue
         codes, widths = {}, (4, 5)
         choices = [Choice(bits, "benchmark") for bits in widths]
-        surveyed = survey(job.source.model, tensor, choices, "default", "error", Event(), encoder)
+        surveyed = survey(job.source.model, tensor, choices, "default", "error", Event(), make_encoder)
         for bits, found in zip(widths, surveyed, strict=True):
             assert isinstance(found.code, ScalarCode)
             codes[bits] = found.code
         trellises = {}
         for effort, states in STATES.items():
             choice = Choice(None, "benchmark", TRELLIS_STEP)
-            found = survey(job.source.model, tensor, choice, effort, "error", Event(), encoder)
+            (found,) = survey(job.source.model, tensor, [choice], effort, "error", Event(), make_encoder)
             assert isinstance(found.code, TrellisCode)
             trellises[states] = found.code
         size = 2 * rows * columns

@@ -47,8 +47,22 @@ def test_csv_has_one_line_a_tensor() -> None:
     rows = list(csv.reader(io.StringIO(to_csv(TENSORS))))
     assert rows[0] == list(TensorInfo.__struct_fields__[:1]) + rows[0][1:]
     assert set(rows[0]) == set(TensorInfo.__struct_fields__)
-    assert rows[1] == ["l.10.w", "2x3", "BF16", "scalar", "4", "4.5", "300", "0.997", "22.0", "0.006", "default"]
-    assert rows[4] == ["tied", "2x3", "BF16", "alias", "", "", "0", "", "", "", "equals l.2.w"]
+    assert rows[1] == [
+        "l.10.w",
+        "2x3",
+        "BF16",
+        "scalar",
+        "4",
+        "4.5",
+        "300",
+        "0.997",
+        "22.0",
+        "0.006",
+        "",
+        "",
+        "default",
+    ]
+    assert rows[4] == ["tied", "2x3", "BF16", "alias", "", "", "0", "", "", "", "", "", "equals l.2.w"]
 
 
 @pytest.mark.parametrize(
