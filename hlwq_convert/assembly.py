@@ -137,7 +137,7 @@ def assemble(
 def _begin(planning: Planning, writer: Writer, stored: list[SourceTensor], nonfinite: str) -> Output:
     job = planning.job
     decisive = fingerprint(job.source, job.recipe, _planned(stored, planning.choices), nonfinite)
-    return Output(writer, Journal(writer.journal, decisive), planning.choices, job.warnings)
+    return Output(writer, Journal(writer.journal, decisive), planning.choices, [])
 
 
 def _planned(stored: list[SourceTensor], choices: dict[str, Choice]) -> Planned:
@@ -210,7 +210,8 @@ def _commit(
         found.append(inspect_reader(reader))  # here: nothing may fail after the file is published
 
     (writer.commit if len(parts) == 1 else writer.prepare)(metadata, verify)
-    job.warnings.extend(long_parts(parts, job.split_size))
+    # not before: a file that missed its size is made again, and would say all of it twice
+    job.warnings.extend([*output.warnings, *long_parts(parts, job.split_size)])
     return Made(planning, writer, metadata, parts, found[0])
 
 

@@ -164,7 +164,7 @@ def _make(
     made: dict[str, Made] = {}
     for number in range(_TRIES):
         if plannings[0].job.target is not None:
-            plannings = _choose_steps(plannings, pool, progress)
+            plannings = _choose_steps(plannings, number, pool, progress)
         # never larger matters more than not much smaller
         allowed = plannings if number < _EXACT_TRIES else [replace(planning, least=0) for planning in plannings]
         missed = []
@@ -180,11 +180,14 @@ def _make(
     raise Internal(f"the file cannot be brought to {plannings[0].most} bytes", file=plannings[0].path)
 
 
-def _choose_steps(plannings: list[Planning], pool: ThreadPoolExecutor, progress: Progress | None) -> list[Planning]:
+def _choose_steps(
+    plannings: list[Planning], number: int, pool: ThreadPoolExecutor, progress: Progress | None
+) -> list[Planning]:
     if progress is not None:
         progress("choosing steps", 0, 0)
     jobs, choices, wanted = zip(*((p.job, p.choices, p.wanted) for p in plannings), strict=True)
-    found = find_steps(jobs, choices, plannings[0].aliases, wanted, pool)
+    # sizes are planned with packed codes: where these were compressed, a file that must grow may be beyond the plans
+    found = find_steps(jobs, choices, plannings[0].aliases, wanted, pool, nearest=number > 0)
     return [replace(p, choices=steps, symbols=symbols) for p, (steps, symbols) in zip(plannings, found, strict=True)]
 
 

@@ -23,26 +23,36 @@ def publish(made: Sequence[Made], writers: Writers, progress: Progress | None, *
         if progress is not None:
             progress("publishing", 0, 0)
 
-    found = [one.inspection if len(one.parts) == 1 else _publish_set(one, announce, progress) for one in made]
+    sets = [one for one in made if len(one.parts) > 1]
     whole = [one.writer for one in made if len(one.parts) == 1]
-    if whole:
-        announce()
-        writers.publish(whole)
+    found = {one.planning.path: one.inspection for one in made}
+    try:
+        for one in sets:
+            # an interrupt while a set is cut leaves those before it, and nothing half-done
+            last = one is sets[-1] and not whole
+            found[one.planning.path] = _publish_set(one, announce if last else None, progress)
+        if whole:
+            announce()
+            writers.publish(whole)
+    finally:  # also when another failed: what was replaced must not stay beside what replaces it
+        for one in made:
+            if one.writer.published and one.planning.job.split_size is not None and overwrite:
+                remove_replaced(one.planning.path, one.parts)
+    inspections = []
     for one in made:
-        if one.planning.job.split_size is not None and overwrite:
-            remove_replaced(one.planning.path, one.parts)
-    return [
-        msgspec.structs.replace(each, file=printable(one.planning.path), warnings=one.planning.job.warnings)
-        for one, each in zip(made, found, strict=True)
-    ]
+        inspection, job = found[one.planning.path], one.planning.job
+        warnings = [*job.warnings, *inspection.warnings]
+        inspections.append(msgspec.structs.replace(inspection, file=printable(one.planning.path), warnings=warnings))
+    return inspections
 
 
-def _publish_set(made: Made, announce: Callable[[], None], progress: Progress | None) -> Inspection:
+def _publish_set(made: Made, announce: Callable[[], None] | None, progress: Progress | None) -> Inspection:
     found: list[Inspection] = []
 
     def look(reader: Reader) -> None:
         found.append(inspect_reader(reader))  # here: nothing may fail after the set is published
-        announce()
+        if announce is not None:
+            announce()
 
     made.writer.publish_parts(made.metadata, made.parts, look, stepper(progress, "splitting", total_bytes(made.parts)))
     return found[0]

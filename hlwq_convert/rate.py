@@ -127,12 +127,18 @@ def _solve(excess: Callable[[float], float], step: float, good: float) -> float:
 
 
 def choose_steps(
-    samples: list[Sample], states: int, wanted: int, size_of: Callable[[dict[str, int]], int], pool: ThreadPoolExecutor
+    samples: list[Sample],
+    states: int,
+    wanted: int,
+    size_of: Callable[[dict[str, int]], int],
+    pool: ThreadPoolExecutor,
+    *,
+    nearest: bool = False,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """The step of each sampled tensor with which `size_of`, from the bytes of the symbols of each, comes to `wanted`
     bytes or a little less; and those bytes.
 
-    Raises Usage when no step does.
+    Raises Usage when no step does, unless the `nearest` size is wanted.
     """
     weights = sum(sample.tensor.numel for sample in samples)
 
@@ -151,7 +157,9 @@ def choose_steps(
         return size_of(at(step)[1])
 
     least, most = size_at(LARGEST_STEP), size_at(LEAST_STEP)
-    if not least <= wanted <= most:
+    if nearest:
+        wanted = min(max(wanted, least), most)
+    elif not least <= wanted <= most:
         raise Usage(
             f"no file has the size that was asked for: with these options it takes {least} to {most} bytes",
             hint="what is kept raw, the assets and the bounds of --min-bits and --max-bits leave no other size",

@@ -73,11 +73,13 @@ def find_steps(
     aliases: dict[str, str],
     wanted: Sequence[int],
     pool: ThreadPoolExecutor,
+    *,
+    nearest: bool = False,
 ) -> list[tuple[Choices, dict[str, int]]]:
     """For each file its choices with the steps with which it takes `wanted` bytes or a little less, and the bytes that
     its symbols and frequencies are expected to take. The jobs are of one model and differ in nothing but the size.
 
-    Reads samples of the weights, once. Raises Usage when there is no such file.
+    Reads samples of the weights, once. Raises Usage when there is no such file, unless the `nearest` one is wanted.
     """
     job, target = jobs[0], jobs[0].target
     assert target is not None
@@ -89,7 +91,7 @@ def find_steps(
         def size_of(symbols: dict[str, int]) -> int:
             return total_bytes(plan_parts(planned_metadata(job, choices, aliases, assets, symbols), job.split_size))
 
-        steps, symbols = choose_steps(samples, STATES[job.recipe.effort], wanted, size_of, pool)
+        steps, symbols = choose_steps(samples, STATES[job.recipe.effort], wanted, size_of, pool, nearest=nearest)
         return {name: replace(choice, step=steps.get(name, choice.step)) for name, choice in choices.items()}, symbols
 
     return [find(*each) for each in zip(jobs, choices, wanted, strict=True)]

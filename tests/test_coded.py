@@ -252,6 +252,14 @@ def test_packed_in_memory(coded: Path) -> None:
     assert torch.equal(matrix.rows(0, 600, torch.bfloat16), h.load_state_dict(coded)["a.weight"])
 
 
+def test_a_size_beyond_what_is_left_when_codes_are_compressed(tmp_path: Path) -> None:
+    source, stages = small_model(tmp_path / "m"), list[str]()
+    options = {"effort": "best", "sets": ["embed=4", "mlp=4"], "max_bits": ["attn=3"]}
+    found = h.convert(source, tmp_path / "o.hlwq", size=104_000, progress=lambda s, *_: stages.append(s), **options)  # type: ignore[arg-type]
+    assert found.file_bytes <= 104_000
+    assert stages.count("choosing steps") > 1
+
+
 def test_compressed_codes_in_parts(coded: Path, source: Path, tmp_path: Path) -> None:
     h.convert(source, tmp_path / "m.hlwq", effort="best", split_size=400_000)
     paths = sorted(tmp_path.iterdir())

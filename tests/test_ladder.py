@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from crash_harness import MODES, Died, Fault, injected, memory_folder
 
 import hlwq_convert as h
-from hlwq_convert import conversion, journal, store
+from hlwq_convert import conversion, journal, publishing, store
 from hlwq_convert.job import prepare_all
 from hlwq_convert.ladder import Rung, make_rungs, path_of
 from hlwq_formats.errors import CannotCreate, IoFailure, NonFinite, Usage
@@ -141,6 +141,37 @@ def test_files_that_are_split(source: Path, alone: dict[str, bytes], out: Path, 
     expected |= {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(expected) == 6
     assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == expected
+
+
+def test_sets_are_cut_before_nothing_can_be_undone(source: Path, out: Path) -> None:
+    stages: list[str] = []
+
+    def look(stage: str, done: int, total: int) -> None:
+        if stages[-1:] != [stage]:
+            stages.append(stage)
+
+    h.convert_ladder(source, out, bits=(5, 8), split_size=20_000, progress=look)
+    assert stages == ["converting", "checking", "splitting", "publishing"]
+
+
+def test_a_set_that_was_replaced_goes_also_when_another_fails(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = out.parent / "o-5bit.hlwq"
+    old.write_bytes(b"old")
+    honest = publishing._publish_set
+
+    def fail(made: Any, *rest: Any) -> Any:
+        if made.planning.path == path_of(out, Rung(bits=8)):
+            raise IoFailure("cannot write", file="x")
+        return honest(made, *rest)
+
+    monkeypatch.setattr(publishing, "_publish_set", fail)
+    with pytest.raises(IoFailure):
+        h.convert_ladder(source, out, bits=(5, 8), split_size=20_000, overwrite=True)
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "o-5bit-00001-of-00002.hlwq", "o-5bit-00002-of-00002.hlwq",
+    ]  # fmt: skip
 
 
 def test_a_tensor_may_be_raw_in_one_file_alone(tmp_path: Path, out: Path) -> None:

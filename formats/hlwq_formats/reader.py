@@ -346,11 +346,11 @@ class Reader:
                 raise self.bad_chunk(tensor, number) from None
             left -= rans.CHUNK
 
-    def verify(self) -> None:
-        """Check every byte of the file."""
+    def verify(self, check_symbols: SymbolCheck | None = None) -> None:
+        """Check every byte of the file; `check_symbols` as in `verify_tensor`."""
         self.verify_shared()
         for tensor in self.metadata.tensors:
-            self.verify_tensor(tensor)
+            self.verify_tensor(tensor, check_symbols)
 
     def close(self) -> None:
         """Close the file; twice is once."""

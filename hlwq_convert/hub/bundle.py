@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from hlwq_formats.file_set import open_set, place_of
 from hlwq_formats.files import InputFile
 
 from ..inspection import inspect_reader
+from ..verification import check_symbols
 from .card import Container, front_matter, license_warning, make_card
 from .client import check_repo
 from .download import is_asset
@@ -67,7 +69,7 @@ def make_bundle(files: Sequence[str | os.PathLike[str]], repo: str, evaluations:
     readme = b""
     for name in names:
         with open_set(sources[name][0]) as reader:
-            reader.verify()
+            reader.verify(partial(check_symbols, reader))
             inspection = msgspec.structs.replace(inspect_reader(reader), file=name)
             assets = {name: reader.read_asset(name) for name in reader.assets if is_asset(name)}
         containers.append(Container(name, inspection, of_content(evaluations, inspection.content_id)))

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -28,6 +29,7 @@ from ..job import prepare
 from ..recipe import make_recipe
 from ..report import human_bytes
 from ..target import make_target
+from ..verification import check_symbols
 from . import evaluate
 from .bundle import CARD, Bundle, hash_file, make_bundle
 from .card import Container
@@ -100,7 +102,7 @@ def requantize(job: Job, work: Path, progress: Progress, *, dry_run: bool = Fals
     for f in job.file:
         progress(f"verifying {f.name}", 0, 0)
         with open_set(work / f.name) as reader:
-            reader.verify()
+            reader.verify(partial(check_symbols, reader))
             inspection = inspect_reader(reader)
         found = None
         if job.evaluation is not None:

@@ -70,7 +70,7 @@ def load_state_dict(
     rounded once, from the decoder's float32. Raises an HlwqError for a file that is damaged or hostile.
     """
     check_dtype(dtype)
-    with Reader(path) as reader:
+    with open_set(path) as reader:
         reader.verify_shared()
         return dict(iter_reader(reader, list(reader.tensors), device, lambda _: dtype, workers, keep=True))
 
