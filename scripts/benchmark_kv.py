@@ -77,7 +77,7 @@ def score(net: Any, ids: torch.Tensor, cache: Any, start: int) -> float:
     """Perplexity of the tokens from FIRST_SCORED on, in pieces of FLUSH; those before `start` are in the cache."""
     losses = []
     for begin in range(start, ids.shape[1], FLUSH):
-        logits = net(ids[:, begin : begin + FLUSH], past_key_values=cache).logits[0].float()
+        logits = net(ids[:, begin : begin + FLUSH], cache=cache).logits[0].float()
         targets = ids[0, begin + 1 : begin + 1 + FLUSH]
         loss = torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="none")
         losses.append(loss[max(0, FIRST_SCORED - 1 - begin) :])
@@ -143,7 +143,7 @@ def speed_rows(net: Any, dense: DynamicCache, contexts: list[int], rounds: int, 
             for bits, cache in caches.items():
                 for _ in range(steps):
                     began = time.process_time()
-                    net(token, past_key_values=cache)
+                    net(token, cache=cache)
                     if turn > 0:  # the first warms up
                         seconds[bits].append(time.process_time() - began)
                 cache.crop(-steps)
@@ -162,7 +162,7 @@ def prompt_rows(net: Any, ids: torch.Tensor) -> list[list[str]]:
         for size in (FIRST_SCORED, FLUSH):
             began, cache = time.process_time(), make_cache(net.config, bits)
             for piece in ids[:, :FIRST_SCORED].split(size, dim=1):
-                net(piece, past_key_values=cache, logits_to_keep=1)
+                net(piece, cache=cache, logits_to_keep=1)
             seconds = time.process_time() - began
             way = "in pieces" if size == FLUSH else "at once"
             rows.append([name_of(bits), way, f"{seconds:.1f}", f"{score(net, ids, cache, FIRST_SCORED):.3f}"])

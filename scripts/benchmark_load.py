@@ -67,7 +67,7 @@ def measure(way: str, folder: Path) -> None:
     with torch.no_grad():
         for count in (32, *[1] * 16):
             began = time.process_time()
-            model(torch.arange(100, 100 + count)[None], past_key_values=cache)
+            model(torch.arange(100, 100 + count)[None], cache=cache)
             times.append(time.process_time() - began)
     peak = resident("VmHWM") - before  # what is mapped and not read, as safetensors are, counts only when it is used
     held = {id(tensor): tensor.nbytes / 1e6 for tensor in (*model.parameters(), *model.buffers())}

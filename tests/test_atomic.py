@@ -293,3 +293,20 @@ def test_what_another_put_in_our_place_is_not_published(out: Path, overwrite: bo
     file.abandon()
     assert not out.exists()
     assert theirs.read_bytes() == b"theirs"
+
+
+def test_what_appears_at_the_last_moment_is_left_alone(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = start(out)
+    file.sync()
+    honest = file.check_publishable
+
+    def look() -> None:
+        honest()
+        out.write_bytes(b"of another")
+
+    monkeypatch.setattr(file, "check_publishable", look)
+    with pytest.raises(CannotCreate, match="appeared while"):
+        file.publish()
+    assert out.read_bytes() == b"of another"
+    file.abandon()
+    assert list(out.parent.iterdir()) == [out]

@@ -24,7 +24,6 @@ from hlwq_convert.against import compare
 from hlwq_convert.decode import decode_quantized, get_numpy
 from hlwq_convert.kernels import packing
 from hlwq_convert.parallel import OrderedDigest
-from hlwq_convert.runtime.packed import packed_bytes, read_packed
 from hlwq_convert.source import open_source
 from hlwq_convert.verification import verify
 from hlwq_formats import bitpack
@@ -36,6 +35,8 @@ from hlwq_formats.reader import Reader
 from hlwq_formats.sections import compress_codes, decompress_codes
 
 torch = pytest.importorskip("torch")
+
+from hlwq_convert.runtime.packed import packed_bytes, read_packed  # noqa: E402
 
 VECTORS = Path(__file__).resolve().parent.parent / "spec" / "vectors"
 BIG = "b.weight"

@@ -27,8 +27,21 @@ def test_the_digest_is_that_of_all_pieces_with_two_buffers_in_turn(length: int |
     assert digest.hexdigest() == hashlib.sha256(data).hexdigest()
 
 
-def test_a_section_is_read_to_memory_of_the_caller(tmp_path: Path) -> None:
-    with Reader(VECTOR) as reader:
+class Bytes:
+    """A container in memory."""
+
+    name, size = "in memory", VECTOR.stat().st_size
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        return VECTOR.read_bytes()[offset : offset + length]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("source", [VECTOR, Bytes()], ids=["a file", "something else"])
+def test_a_section_is_read_to_memory_of_the_caller(source: Path | Bytes, tmp_path: Path) -> None:
+    with Reader(source) as reader:
         name = next(iter(reader.tensors))
         asked: list[bytearray] = []
 

@@ -88,7 +88,7 @@ class Oracle(DynamicCache):
 def generate(net: GenerationMixin, ids: torch.Tensor, cache: Any, **options: Any) -> Any:
     torch.manual_seed(0)
     options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, **options}
-    return net.generate(ids, past_key_values=cache, output_logits=True, **options)
+    return net.generate(ids, cache=cache, output_logits=True, **options)
 
 
 def assert_like_the_oracle(net: GenerationMixin, ids: torch.Tensor, bits: int = 3, window: int = 64, **o: Any) -> None:
@@ -219,7 +219,7 @@ def test_decoding_step_by_step_equals_a_prompt_in_pieces_of_64(window: int, slid
     for size in (1, FLUSH):
         cache = h.QuantizedCache(net.config, 3, window)
         with torch.no_grad():
-            logits = [net(piece, past_key_values=cache).logits for piece in ids.split(size, dim=1)]
+            logits = [net(piece, cache=cache).logits for piece in ids.split(size, dim=1)]
         seen.append((torch.cat(logits, dim=1), stored(cache)))
     (steps, steps_stored), (pieces, pieces_stored) = seen
     exact = [tensor for tensor in pieces_stored if not tensor.dtype.is_floating_point or tensor.dtype == torch.float16]
@@ -232,11 +232,11 @@ def test_a_prompt_at_once_is_attended_to_as_it_is_and_stored_the_same() -> None:
     net, ids = model(), tokens(400)
     cache = h.QuantizedCache(net.config, 3, 64)
     with torch.no_grad():
-        assert torch.equal(net(ids, past_key_values=cache).logits, net(ids).logits)
+        assert torch.equal(net(ids, cache=cache).logits, net(ids).logits)
     layer = QuantizedLayer(3, 64)
     dense = DynamicCache(config=net.config)
     with torch.no_grad():
-        net(ids, past_key_values=dense)
+        net(ids, cache=dense)
     for number in range(2):
         layer.reset()
         keys, values = dense.layers[number].keys, dense.layers[number].values
@@ -306,9 +306,9 @@ def test_after_a_crop_to_a_multiple_of_64_pieces_still_equal_steps() -> None:
         cache = h.QuantizedCache(net.config, 3, 64)
         with torch.no_grad():
             for piece in ids.split(size, dim=1):
-                net(piece, past_key_values=cache)
+                net(piece, cache=cache)
             cache.crop(256 - 330)
-            logits = [net(piece, past_key_values=cache).logits for piece in more.split(size, dim=1)]
+            logits = [net(piece, cache=cache).logits for piece in more.split(size, dim=1)]
         seen.append((torch.cat(logits, dim=1), stored(cache)))
     torch.testing.assert_close(seen[1][0], seen[0][0], rtol=0, atol=1e-10)
     assert equal(*([t for t in kept if t.dtype != torch.float64] for _, kept in seen))
@@ -322,9 +322,9 @@ def test_linear_attention_keeps_its_own_state() -> None:
     )  # fmt: skip
     caches = [DynamicCache(config=net.config), Oracle(net.config, 3, 64), h.QuantizedCache(net.config, 3, 64)]
     with torch.no_grad():
-        prompt = [net(tokens(200), past_key_values=cache).logits for cache in caches]
+        prompt = [net(tokens(200), cache=cache).logits for cache in caches]
         assert equal(prompt[:1] * 2, prompt[1:])
-        steps = [[net(tokens(30)[:, i : i + 1], past_key_values=c).logits for i in range(30)] for c in caches]
+        steps = [[net(tokens(30)[:, i : i + 1], cache=c).logits for i in range(30)] for c in caches]
     assert equal(steps[1], steps[2]) and not equal(steps[0], steps[2])
     for number in (0, 2):
         layers = [cache.layers[number] for cache in caches]
@@ -342,7 +342,7 @@ def test_linear_attention_keeps_its_own_state() -> None:
 def test_a_head_dim_that_cannot_be_rotated() -> None:
     net = model(head_dim=80)
     with pytest.raises(Usage, match="head_dim is 80, a quantized cache can rotate 64, 96, 128, 256; leave the cache"):
-        net.generate(tokens(3), past_key_values=h.QuantizedCache(net.config), max_new_tokens=2)
+        net.generate(tokens(3), cache=h.QuantizedCache(net.config), max_new_tokens=2)
 
 
 @pytest.mark.parametrize(("bits", "window"), [(1, 128), (5, 128), (3, -1)])

@@ -85,7 +85,7 @@ def generate(
         raise Usage("the prompt is empty")
     streamer = _Pieces(tokenizer, on_text)
     if kv_bits is not None:
-        options |= {"past_key_values": QuantizedCache(model.config, kv_bits), "prefill_chunk_size": FLUSH}
+        options |= {"cache": QuantizedCache(model.config, kv_bits), "prefill_chunk_size": FLUSH}
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     began = time.perf_counter()
     model.generate(  # type: ignore[operator]  # mypy takes it for an attribute of nn.Module

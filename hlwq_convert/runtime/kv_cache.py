@@ -35,7 +35,7 @@ exactly as if its tokens came one by one."""
 
 
 class QuantizedCache(Cache):
-    """`past_key_values` for a model of this config: `bits` (2, 3 or 4) for each key and value, and an fp16 scale for
+    """`cache` for a model of this config: `bits` (2, 3 or 4) for each key and value, and an fp16 scale for
     each head and token, of all but the last `window` to `window + 63` tokens.
 
     Attention layers are quantized, full and sliding; the state of linear-attention layers and layers without a cache
