@@ -62,14 +62,14 @@ def _tasks(reader: Reader) -> Iterator[Callable[[], tuple[list[Damage], int]]]:
     for tensor in reader.metadata.tensors:
         if not isinstance(tensor, md.AliasTensor):
             size = sum(section.length for section in tensor.sections)
-            check = partial(reader.verify_tensor, tensor, partial(check_symbols, reader))
+            check = partial(reader.verify_tensor, tensor, check_symbols)
             yield partial(look, "tensor", tensor.name, check, size)
     for name, asset in reader.assets.items():
         yield partial(look, "asset", name, partial(reader.read_asset, name), asset.sections[0].length)
 
 
 def check_symbols(reader: Reader, tensor: md.TrellisTensor, pairs: NDArray[np.uint16]) -> None:
-    """A SymbolCheck (when `reader` is given) that takes the fast decoder."""
+    """A SymbolCheck that takes the fast decoder."""
     for piece in pieces(reader, tensor, "BF16"):
         piece.decode(np.empty(piece.count, np.uint16))
 

@@ -1,14 +1,16 @@
-"""Model directories for tests, written by hand so that they can also be wrong."""
+"""Model directories for tests: written by hand, so that they can also be wrong, and real ones."""
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from hlwq_formats.dtypes import NUMPY, narrow
@@ -132,3 +134,11 @@ def small_model(folder: Path, seed: int = 0) -> Path:
     }
     tokenizer = json.dumps({"version": "1.0", "model": {"vocab": {f"token{i}": i for i in range(400)}}})
     return write_model(folder, small_tensors(seed), 3, config, {"tokenizer.json": tokenizer.encode()})
+
+
+def real_model(name: str) -> Path:
+    """The directory of a real model, which scripts/smollm2.py and scripts/minilm.py make and scripts/test asks for."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hlwq" / name
+    if not (folder / "config.json").exists():
+        pytest.skip(f"{name} is not here: scripts/test makes it where there is a package index")
+    return folder

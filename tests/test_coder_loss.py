@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
-from models import normal, write_model
+from models import normal, real_model, write_model
 
 import hlwq_convert as h
 from hlwq_convert.frequencies import add_counts, count_magnitudes
@@ -59,10 +58,7 @@ def test_gaussian_weights(gaussian: Path, tmp_path: Path, bpw: float) -> None:
 @pytest.mark.parametrize(("name", "bpw"), [("all-MiniLM-L6-v2", 2.5), ("all-MiniLM-L6-v2", 4.5),
                                            ("SmolLM2-135M-Instruct", 3.5)])  # fmt: skip
 def test_real_weights(tmp_path: Path, name: str, bpw: float) -> None:
-    source = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hlwq" / name
-    if not source.is_dir():
-        pytest.skip(f"scripts/ has not made {name}")
-    found = h.convert(source, tmp_path / "o.hlwq", bpw=bpw, effort="fast")
+    found = h.convert(real_model(name), tmp_path / "o.hlwq", bpw=bpw, effort="fast")
     check(found)
     assert found.summary.coder_loss is not None
     assert found.summary.coder_loss_bpw is not None

@@ -16,10 +16,10 @@ from hlwq_formats.reader import Reader
 VECTOR = Path(__file__).parents[1] / "spec" / "vectors" / "good" / "bits-5.hlwq"
 
 
-@pytest.mark.parametrize("length", [None, 1000, 5 << 20])
-def test_the_digest_is_that_of_all_pieces_with_two_buffers_in_turn(length: int | None) -> None:
-    data = np.random.default_rng(0).bytes(length or 3000)
-    digest, buffers = PipelinedDigest(length), (bytearray(1 << 20), bytearray(1 << 20))
+@pytest.mark.parametrize("length", [0, 1000, 9 << 20])
+def test_the_digest_is_that_of_all_pieces_with_two_buffers_in_turn(length: int) -> None:
+    data = np.random.default_rng(0).bytes(length)
+    digest, buffers = PipelinedDigest(), (bytearray(1 << 20), bytearray(1 << 20))
     for turn, start in enumerate(range(0, len(data), 1 << 20)):
         piece = data[start : start + (1 << 20)]
         buffers[turn % 2][: len(piece)] = piece

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hub_client import LIBRARY_WARNING, hub, model_files, run
 from hub_server import TOKEN, Hub, Repo
+from models import real_model
 
 import hlwq_convert as h
 from hlwq_convert.hub.bundle import Bundle, make_bundle
@@ -396,10 +397,8 @@ def test_items_are_what_was_verified(hub: Hub, file: Path) -> None:
 
 
 def test_a_real_model(hub: Hub, tmp_path: Path) -> None:
-    """SmolLM2-135M, where the demo has made it: pushed, downloaded, and every tensor loaded with the same bits."""
-    model = Path.home() / ".cache" / "hlwq" / "SmolLM2-135M-Instruct"
-    if not (model / "config.json").exists():
-        pytest.skip("SmolLM2 is not here: scripts/demo makes it")
+    """SmolLM2-135M: pushed, downloaded, and every tensor loaded with the same bits."""
+    model = real_model("SmolLM2-135M-Instruct")
     torch = pytest.importorskip("torch")
     from huggingface_hub import hf_hub_download
 

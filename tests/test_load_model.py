@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import real_model
 
 import hlwq_convert as h
 from hlwq_formats.errors import (
@@ -419,14 +419,6 @@ def test_damage_is_found(llama: Path, tmp_path: Path) -> None:
 
 
 # --- real models -----------------------------------------------------------------------------------------
-
-
-def real_model(name: str) -> Path:
-    """The directory that scripts/smollm2.py or scripts/minilm.py has made."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hlwq" / name
-    if not cache.is_dir():
-        pytest.skip(f"scripts/ has not made {name}")
-    return cache
 
 
 def test_smollm2(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Run
-from models import normal, small_model, write_model
+from models import normal, real_model, small_model, write_model
 from power_loss import Recorder, after_power_cuts
 from web import serve
 
@@ -609,9 +609,7 @@ def test_names_of_parts() -> None:
 @pytest.mark.once
 def test_smollm2(tmp_path: Path) -> None:
     """A real model in five parts: the same bits by any part as from one file, and the same model."""
-    model = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hlwq" / "SmolLM2-135M-Instruct"
-    if not (model / "config.json").exists():
-        pytest.skip("SmolLM2 is not here: scripts/demo makes it")
+    model = real_model("SmolLM2-135M-Instruct")
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     (tmp_path / "whole").mkdir()

@@ -17,7 +17,7 @@ import errno
 import os
 import stat
 
-from .errors import CannotCreate, HlwqError, IoFailure, Locked
+from .errors import CannotCreate, HlwqError, IoFailure, Locked, SelfCheckFailed
 from .file_ops import OPS
 from .interrupts import uninterrupted
 
@@ -234,6 +234,13 @@ class AtomicFile:
             OPS.sync(self._fd)
         except OSError as error:
             raise self._failed(error, size or 0) from None
+
+    def commit(self, header: bytes) -> None:
+        """Write the commit record at the beginning, force everything to disk and read that record back."""
+        self.write(0, header)
+        self.sync()
+        if self.read(0, len(header)) != header:
+            raise SelfCheckFailed("the written header does not read back; nothing was published", file=self.path)
 
     def check_publishable(self) -> None:
         """Raise what `publish` would raise for what has come or gone meanwhile."""

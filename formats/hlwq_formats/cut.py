@@ -18,7 +18,7 @@ from .file_ops import OPS
 from .file_set import SUFFIX, SetReader, part_name, place_of
 from .files import InputFile
 from .interrupts import uninterrupted
-from .layout import HEADER_LEN, place_sections
+from .layout import place_sections
 from .reader import Reader
 from .split import header_of
 
@@ -87,10 +87,7 @@ def publish_parts(
                 _read_back(readers[-1])
             ready(SetReader(readers))
         for file, header in zip(files, headers, strict=True):
-            file.write(0, header)
-            file.sync()
-            if file.read(0, HEADER_LEN) != header:
-                raise SelfCheckFailed("the written header does not read back; nothing was published", file=file.path)
+            file.commit(header)
         check_place(whole.path, overwrite=overwrite)  # again: it took long
         _publish(whole, files)
     finally:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 
-_LARGE = 4 << 20  # bytes; for fewer a thread is not worth while
+_FEW = 4 << 20  # bytes for which a thread is not worth while
 
 
 class PipelinedDigest:
-    """hashlib.sha256 for a stream of `length` bytes, None for one of unknown length. A piece must stay as it is until
-    the second call after the one that took it: then it has been hashed."""
+    """hashlib.sha256 of a stream. A piece must stay as it is until the second call after the one that took it: then it
+    has been hashed."""
 
-    def __init__(self, length: int | None) -> None:
+    def __init__(self) -> None:
         self._digest = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1, "hlwq-hash") if length is None or length >= _LARGE else None
+        self._taken = 0
+        self._thread: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
 
     def update(self, piece: bytes | memoryview) -> None:
         """Take the next piece."""
-        if self._thread is None:
+        self._wait()
+        self._taken += len(piece)
+        if self._taken <= _FEW:
             self._digest.update(piece)
             return
-        self._wait()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "hlwq-hash")
         self._last = self._thread.submit(self._digest.update, piece)
 
     def hexdigest(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import reduce
@@ -18,9 +18,9 @@ from operator import or_
 import msgspec
 
 from . import metadata as md
-from .errors import BadFrames, BadSet, BadValues, MissingInput, Usage, escape
+from .errors import BadSet, MissingInput, Usage, escape
 from .layout import MAX_METADATA
-from .reader import CHUNK, Memory, Reader
+from .reader import Reader
 
 SUFFIX = ".hlwq"
 _PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.hlwq", re.DOTALL)
@@ -193,32 +193,6 @@ class SetReader(Reader):
 
     def _holder(self, kind: str, owner: str) -> Reader:
         return self._holders[owner] if kind == "tensor" else self._parts[0]
-
-    def iter_section(
-        self, kind: str, owner: str, section_kind: md.Kind, chunk: int | Sequence[int] = CHUNK
-    ) -> Iterator[bytes]:
-        """As Reader.iter_section."""
-        return self._holder(kind, owner).iter_section(kind, owner, section_kind, chunk)
-
-    def iter_section_into(
-        self, kind: str, owner: str, section_kind: md.Kind, chunk: int | Sequence[int], into: Memory
-    ) -> Iterator[memoryview]:
-        """As Reader.iter_section_into."""
-        return self._holder(kind, owner).iter_section_into(kind, owner, section_kind, chunk, into)
-
-    def read_section(self, kind: str, owner: str, section_kind: md.Kind) -> bytes:
-        """As Reader.read_section."""
-        return self._holder(kind, owner).read_section(kind, owner, section_kind)
-
-    def _bad_frames(self, tensor: md.QuantizedTensor, kind: md.Kind, problem: str) -> BadFrames:
-        return self._holders[tensor.name]._bad_frames(tensor, kind, problem)
-
-    def check_packed(self, tensor: md.ScalarTensor, found: str) -> None:
-        """As Reader.check_packed."""
-        self._holders[tensor.name].check_packed(tensor, found)
-
-    def _bad_values(self, tensor: md.Tensor, kind: md.Kind, problem: str) -> BadValues:
-        return self._holders[tensor.name]._bad_values(tensor, kind, problem)
 
     def verify_shared(self) -> None:
         """As Reader.verify_shared, in every part."""

@@ -43,8 +43,9 @@ MAX_ROW_SCALE = 248  # times 128: the bits of infinity as a float16
 Memory = Callable[[int], memoryview]
 """Gives writable memory of so many bytes, for something to be read to."""
 _Piece = TypeVar("_Piece", bytes, memoryview)
+_Error = TypeVar("_Error", BadFrames, BadValues)
 
-SymbolCheck = Callable[[md.TrellisTensor, NDArray[np.uint16]], None]
+SymbolCheck = Callable[["Reader", md.TrellisTensor, NDArray[np.uint16]], None]
 """Decode the symbols of a tensor, whose frequencies are given, and raise what is wrong with them."""
 
 Pack = Callable[[NDArray[np.uint8], int], bytes]
@@ -124,7 +125,8 @@ class Reader:
         Bytes are verified only once the iterator is exhausted: raises BadDigest then, and the caller must
         throw away what it made of them.
         """
-        yield from self._pieces(kind, owner, section_kind, chunk, self._file.read)
+        holder = self._holder(kind, owner)
+        yield from holder._pieces(kind, owner, section_kind, chunk, holder._file.read)
 
     def iter_section_into(
         self,
@@ -137,15 +139,22 @@ class Reader:
         """The same, each piece read to the writable memory that `into` gives for so many bytes. A piece is still being
         hashed when it is yielded, but no longer when memory is asked for the second time after it."""
 
+        holder = self._holder(kind, owner)
+        file = holder._file
+
         def read(offset: int, length: int) -> memoryview:
             piece = into(length)
-            if isinstance(self._file, InputFile):
-                self._file.read_into(offset, piece)
+            if isinstance(file, InputFile):
+                file.read_into(offset, piece)
             else:
-                piece[:] = self._file.read(offset, length)
+                piece[:] = file.read(offset, length)
             return piece
 
-        yield from self._pieces(kind, owner, section_kind, chunk, read)
+        yield from holder._pieces(kind, owner, section_kind, chunk, read)
+
+    def _holder(self, kind: str, owner: str) -> Reader:
+        """The reader of the file that holds the sections of an owner: itself, but for a set (file_set.py)."""
+        return self
 
     def _pieces(
         self,
@@ -159,7 +168,7 @@ class Reader:
         section, offset = self._sections[i], self._offsets[i]
         gap_start = self._offsets[i - 1] + self._sections[i - 1].length if i else HEADER_LEN
         self._check_padding(gap_start, self._file.read(gap_start, offset - gap_start))
-        digest, end = PipelinedDigest(section.length), offset + section.length
+        digest, end = PipelinedDigest(), offset + section.length
         for size in repeat(chunk) if isinstance(chunk, int) else chunk:
             if offset == end:
                 break
@@ -180,13 +189,14 @@ class Reader:
 
     def read_section(self, kind: str, owner: str, section_kind: md.Kind) -> bytes:
         """The raw (decompressed) bytes of a section, verified."""
-        section = self._sections[self._index[kind, owner, section_kind]]
+        holder = self._holder(kind, owner)
+        section = holder._sections[holder._index[kind, owner, section_kind]]
         if section.zstd_codes is not UNSET:
             tensor = self.tensors[owner]
             assert isinstance(tensor, md.ScalarTensor)
             return b"".join(self.code_chunks(tensor))
         stored = b"".join(self.iter_section(kind, owner, section_kind))
-        return unpack_section(section, stored, self.path, f'{section_kind} "{escape(owner, 120)}"')
+        return unpack_section(section, stored, holder.path, f'{section_kind} "{escape(owner, 120)}"')
 
     def read_asset(self, name: str) -> bytes:
         """The content of an asset; Usage when there is none of this name."""
@@ -236,7 +246,8 @@ class Reader:
         """Raise BadDigest unless this is the SHA-256 of the packed codes, which are stored compressed."""
         if found != (expected := md.raw_sha256(tensor.sections[0])):
             problem = f"the packed codes have the SHA-256 {found[:16]}..., expected {expected[:16]}..."
-            raise BadDigest(problem, file=self.path, tensor=tensor.name, section="codes")
+            holder = self._holder("tensor", tensor.name)
+            raise BadDigest(problem, file=holder.path, tensor=tensor.name, section="codes")
 
     def levels(self, tensor: md.ScalarTensor) -> NDArray[np.float32]:
         """(2**bits,) float32 codebook: finite, at most 65504 in magnitude, strictly increasing."""
@@ -295,12 +306,15 @@ class Reader:
     def _bad_frames(self, tensor: md.QuantizedTensor, kind: md.Kind, problem: str) -> BadFrames:
         for _ in self.iter_section("tensor", tensor.name, kind):
             pass
-        offset = self._offsets[self._index["tensor", tensor.name, kind]]
-        return BadFrames(problem, file=self.path, tensor=tensor.name, section=kind, offset=offset)
+        return self._bad(BadFrames, tensor, kind, problem)
 
     def _bad_values(self, tensor: md.Tensor, kind: md.Kind, problem: str) -> BadValues:
-        offset = self._offsets[self._index["tensor", tensor.name, kind]]
-        return BadValues(problem, file=self.path, tensor=tensor.name, section=kind, offset=offset)
+        return self._bad(BadValues, tensor, kind, problem)
+
+    def _bad(self, error: type[_Error], tensor: md.Tensor, kind: md.Kind, problem: str) -> _Error:
+        holder = self._holder("tensor", tensor.name)
+        offset = holder._offsets[holder._index["tensor", tensor.name, kind]]
+        return error(problem, file=holder.path, tensor=tensor.name, section=kind, offset=offset)
 
     def raw_chunks(self, tensor: md.RawTensor, chunk: int = CHUNK) -> Iterator[bytes]:
         """The source bytes of a raw tensor in pieces, verified only at exhaustion as in `iter_section`."""
@@ -335,7 +349,7 @@ class Reader:
                 pass
         elif isinstance(tensor, md.TrellisTensor):
             self.row_scales(tensor)
-            (check_symbols or self._check_symbols)(tensor, self.frequencies(tensor))
+            (check_symbols or Reader._check_symbols)(self, tensor, self.frequencies(tensor))
 
     def _check_symbols(self, tensor: md.TrellisTensor, pairs: NDArray[np.uint16]) -> None:
         tables, left = rans.make_tables(pairs), count_blocks(numel(tensor.shape)) * BLOCK

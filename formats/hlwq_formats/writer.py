@@ -35,7 +35,7 @@ class SectionWriter:
         self._kind = kind
         self._offset = self._position = offset
         self._length = length
-        self._digest = PipelinedDigest(length)
+        self._digest = PipelinedDigest()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`, items of one byte, to the section."""
@@ -163,11 +163,7 @@ class Writer:
 
         A `verify` of one's own must read every section; it may raise SelfCheckFailed.
         """
-        encoded = self.prepare(metadata, verify)
-        self._file.write(0, encoded)
-        self._file.sync()
-        if self._file.read(0, HEADER_LEN) != encoded:
-            raise SelfCheckFailed("the written header does not read back; nothing was published")
+        self._file.commit(self.prepare(metadata, verify))
 
     def prepare(self, metadata: md.Metadata, verify: Callable[[Reader], None] = Reader.verify) -> bytes:
         """`commit` without the header, which is returned: for `publish_parts`."""

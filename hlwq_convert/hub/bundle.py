@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -69,7 +68,7 @@ def make_bundle(files: Sequence[str | os.PathLike[str]], repo: str, evaluations:
     readme = b""
     for name in names:
         with open_set(sources[name][0]) as reader:
-            reader.verify(partial(check_symbols, reader))
+            reader.verify(check_symbols)
             inspection = msgspec.structs.replace(inspect_reader(reader), file=name)
             assets = {name: reader.read_asset(name) for name in reader.assets if is_asset(name)}
         containers.append(Container(name, inspection, of_content(evaluations, inspection.content_id)))

@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -102,7 +101,7 @@ def requantize(job: Job, work: Path, progress: Progress, *, dry_run: bool = Fals
     for f in job.file:
         progress(f"verifying {f.name}", 0, 0)
         with open_set(work / f.name) as reader:
-            reader.verify(partial(check_symbols, reader))
+            reader.verify(check_symbols)
             inspection = inspect_reader(reader)
         found = None
         if job.evaluation is not None:

@@ -11,13 +11,12 @@ from math import lcm
 
 import numpy as np
 import torch
-from msgspec import UnsetType
 from torch import nn
 
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import BIT_PATTERNS
 from hlwq_formats.errors import BadFrames, NotAvailable
-from hlwq_formats.layout import numel
+from hlwq_formats.layout import BLOCK, numel
 from hlwq_formats.rans import CHUNK
 from hlwq_formats.reader import Reader
 
@@ -144,9 +143,8 @@ def trellis_bytes(tensor: md.TrellisTensor) -> int:
     """The memory of the buffers of a PackedTrellis."""
     lengths = tensor.sections[-1].chunks
     assert isinstance(lengths, list)
-    pairs = tensor.sections[1]
-    raw = pairs.length if isinstance(pairs.zstd, UnsetType) else pairs.zstd.raw_length
-    return sum(lengths) + 8 * (len(lengths) + 1) + numel(tensor.shape) // tensor.row + raw + 128
+    rows, pairs = numel(tensor.shape) // tensor.row, md.raw_length(tensor.sections[1])
+    return sum(lengths) + 8 * (len(lengths) + 1) + rows + pairs + BLOCK
 
 
 def read_trellis(reader: Reader, tensor: md.TrellisTensor, shape: tuple[int, int], dtype: torch.dtype) -> PackedTrellis:
