@@ -21,7 +21,7 @@ from vectors_bad import Parts, sha256
 import hlwq_convert as h
 from hlwq_convert import journal, store
 from hlwq_convert.against import compare
-from hlwq_convert.decode import decode_quantized, get_numpy
+from hlwq_convert.decode import code_chunks, decode_quantized, get_numpy
 from hlwq_convert.kernels import packing
 from hlwq_convert.parallel import OrderedDigest
 from hlwq_convert.source import open_source
@@ -251,6 +251,25 @@ def test_packed_in_memory(coded: Path) -> None:
         matrix = read_packed(reader, tensor, torch.bfloat16, torch.device("cpu"))
         assert packed_bytes(tensor) == sum(scalar_lengths(300_000, 5).values()) + BLOCK
     assert torch.equal(matrix.rows(0, 600, torch.bfloat16), h.load_state_dict(coded)["a.weight"])
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_codes_are_put_where_the_caller_wants_them(source: Path, tmp_path: Path, compressed: bool) -> None:
+    """As for a GPU: packed, whatever the storage."""
+    convert(source, tmp_path / "o.hlwq", coded=compressed)
+    asked: list[bytearray] = []
+
+    def memory(size: int) -> memoryview:
+        asked.append(bytearray(size))
+        return memoryview(asked[-1])
+
+    with Reader(tmp_path / "o.hlwq") as reader:
+        entry = reader.stored_tensor(BIG)
+        assert isinstance(entry, md.ScalarTensor)
+        found = [bytes(chunk.packed) for chunk in code_chunks(reader, entry, into=memory)]
+        assert len(found) == 2
+        assert found == [bytes(place) for place in asked] == [chunk.packed for chunk in code_chunks(reader, entry)]
+        assert b"".join(found) == reader.read_section("tensor", BIG, "codes")
 
 
 def test_a_size_beyond_what_is_left_when_codes_are_compressed(tmp_path: Path) -> None:
