@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import zstandard
 from fuzz_json import NUMBERS, Plain, canonical, change_json, change_text, decoded, in_order, json_text, steps
-from vectors_bad import FIELDS, ZSTD_MAGIC, align, layout, make_header, sha256
+from vector_parts import FIELDS, ZSTD_MAGIC, align, layout, make_header, sha256
 
 from hlwq_formats.bitpack import pack
 from hlwq_formats.dtypes import ITEM_BITS

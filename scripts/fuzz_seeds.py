@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
-from vectors_bad import ZSTD_MAGIC, zstd_frame
+from vector_parts import ZSTD_MAGIC, zstd_frame
 
 from hlwq_formats.dtypes import ITEM_BITS
 from hlwq_formats.layout import numel

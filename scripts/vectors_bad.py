@@ -1,254 +1,41 @@
-"""Containers put together by hand, so that they can be wrong in exactly one way (spec/vectors/bad, unsupported).
-
-Nothing here uses the writer: a fault is an edit of the metadata as a dict, of a section, of the metadata's
-text or of the header, and `build` repairs every length, digest and checksum that the fault is not about.
-"""
+"""Files that are wrong in one way each (spec/vectors/bad, unsupported)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
-
-from hlwq_convert.rotate import SIGN_BYTES
-from hlwq_formats import rans
-from hlwq_formats.bitpack import pack
-
-Object = dict[str, Any]
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-RLE_LIMIT = 128 << 10  # bytes of one zstd block
-FIELDS = {
-    "magic": ("8s", 0), "major": ("<H", 8), "minor": ("<H", 10), "header_len": ("<I", 12), "incompat": ("<Q", 16),
-    "compat": ("<Q", 24), "meta_off": ("<Q", 32), "meta_len": ("<Q", 40), "data_off": ("<Q", 48),
-    "data_len": ("<Q", 56), "file_len": ("<Q", 64), "meta_sha256": ("32s", 72), "reserved": ("20s", 104),
-    "crc32": ("<I", 124),
-}  # fmt: skip
-
-
-def sha256(data: bytes) -> str:
-    """Lower-case hex."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def align(offset: int) -> int:
-    """The next multiple of 64."""
-    return (offset + 63) // 64 * 64
-
-
-def canonical(document: Any) -> bytes:
-    """The one way to write a document (spec section 5.1)."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-@dataclass
-class Parts:
-    """A file before it is laid out: its metadata, and the stored bytes of each section in file order."""
-
-    document: Object
-    blobs: list[bytes] = field(default_factory=list)
-
-    def section(self, kind: str, data: bytes) -> Object:
-        """Append a section's bytes; returns its entry."""
-        self.blobs.append(data)
-        return {"kind": kind, "length": len(data), "sha256": sha256(data)}
-
-    def raw(self, name: str, dtype: str, shape: list[int], data: bytes) -> None:
-        """Append a raw tensor."""
-        self.tensors.append({
-            "encoding": "raw", "name": name, "dtype": dtype, "shape": shape, "reason": "vector",
-            "sections": [self.section("raw", data)],
-        })  # fmt: skip
-
-    def scalar(
-        self, name: str, dtype: str, shape: list[int], exponent: int, codes: bytes, levels: bytes, scales: bytes
-    ) -> None:
-        """Append a scalar tensor; its width follows from its levels."""
-        stored = [("codes", codes), ("levels", levels), ("scales", scales)]
-        self.tensors.append({
-            "encoding": "scalar", "name": name, "dtype": dtype, "shape": shape, "reason": "vector", "block": 128,
-            "bits": (len(levels) // 4).bit_length() - 1, "exponent": exponent, "source_sha256": sha256(b"none"),
-            "sections": [self.section(kind, data) for kind, data in stored],
-        })  # fmt: skip
-
-    def trellis(
-        self, name: str, dtype: str, shape: list[int], row: int, states: int, exponent: int, scales: bytes,
-        frequencies: bytes, chunks: list[bytes],
-    ) -> None:  # fmt: skip
-        """Append a trellis tensor, whose step is 3 * 2**22."""
-        stored = [("scales", scales), ("frequencies", frequencies), ("symbols", b"".join(chunks))]
-        sections = [self.section(kind, data) for kind, data in stored]
-        sections[-1]["chunks"] = [len(chunk) for chunk in chunks]
-        self.tensors.append({
-            "encoding": "trellis", "name": name, "dtype": dtype, "shape": shape, "reason": "vector", "block": 128,
-            "row": row, "states": states, "step": 3 << 22, "exponent": exponent, "source_sha256": sha256(b"none"),
-            "sections": sections,
-        })  # fmt: skip
-
-    def compress_scales(self, frame: bytes, data: bytes) -> None:
-        """Store the scales of the trellis tensor that was added last as a zstd frame of `data`."""
-        self.blobs[-3] = frame
-        zstd = {"frames": [len(frame)], "raw_length": len(data), "raw_sha256": sha256(data)}
-        self.tensors[-1]["sections"][0].update(length=len(frame), sha256=sha256(frame), zstd=zstd)
-
-    def compress_codes(self, frames: list[bytes]) -> None:
-        """Store the codes of the scalar tensor that was added last as zstd frames of a byte for each."""
-        entry = self.tensors[-1]["sections"][0]
-        packed, self.blobs[-3] = self.blobs[-3], b"".join(frames)
-        zstd = {"frames": [len(f) for f in frames], "raw_length": len(packed), "raw_sha256": sha256(packed)}
-        entry.update(length=len(self.blobs[-3]), sha256=sha256(self.blobs[-3]), zstd_codes=zstd)
-
-    def alias(self, name: str, dtype: str, shape: list[int], of: str) -> None:
-        """Append an alias."""
-        self.tensors.append({"encoding": "alias", "name": name, "dtype": dtype, "shape": shape, "of": of})
-
-    def asset(self, name: str, data: bytes, frames: list[bytes] | None = None) -> None:
-        """Append an asset; `frames` are zstd frames that decompress to `data`."""
-        entry = self.section("asset", data if frames is None else b"".join(frames))
-        if frames is not None:
-            lengths = [len(frame) for frame in frames]
-            entry["zstd"] = {"frames": lengths, "raw_length": len(data), "raw_sha256": sha256(data)}
-        self.document["assets"].append({"name": name, "sections": [entry]})
-
-    @property
-    def tensors(self) -> list[Object]:
-        """The entries of the tensors."""
-        tensors: list[Object] = self.document["tensors"]
-        return tensors
-
-    def replace(self, index: int, data: bytes) -> None:
-        """Exchange the bytes of section `index` of the file, repairing length and digest."""
-        signs = [self.document["signs"]] if self.document["signs"] else []
-        owners = [*self.tensors, *self.document["assets"]]
-        entry = [*signs, *(section for owner in owners for section in owner.get("sections", []))][index]
-        self.blobs[index] = data
-        entry.update(length=len(data), sha256=sha256(data))
-
-    def build(self, **header: Any) -> bytes:
-        """The file; keyword arguments overwrite fields of the header."""
-        trellis = any(tensor.get("encoding") == "trellis" for tensor in self.tensors)
-        coded = any("zstd_codes" in section for tensor in self.tensors for section in tensor.get("sections", []))
-        split = self.document.get("split") is not None
-        minor = 2 if coded or split else int(trellis)
-        header = {"minor": minor, "incompat": coded + 2 * trellis + 4 * split, **header}
-        return layout(canonical(self.document), self.blobs, **header)
-
-
-def empty(*, signs: bool = False) -> Parts:
-    """A container of nothing."""
-    parts = Parts({
-        "assets": [], "recipe": {"bits": None, "effort": "default", "name": None, "rules": []}, "signs": None,
-        "source": {"files": [], "repo": None, "revision": None}, "split": None, "tensors": [],
-        "tool": {"name": "vectors", "version": "1", "zstd": "none"},
-    })  # fmt: skip
-    if signs:
-        parts.document["signs"] = parts.section("signs", SIGN_BYTES)
-    return parts
-
-
-def layout(document: bytes, blobs: list[bytes], *, gap: bytes = b"", **header: Any) -> bytes:
-    """Place sections and metadata behind a header; `gap` goes before the metadata."""
-    data = bytes(128)
-    for blob in blobs:
-        data += bytes(align(len(data)) - len(data)) + blob
-    meta_off = align(len(data)) + len(gap)
-    body = data[128:] + bytes(align(len(data)) - len(data)) + gap + document
-    fields = {
-        "magic": b"HLWQ\r\n\x1a\n", "major": 1, "header_len": 128, "data_off": 128, "meta_off": meta_off,
-        "meta_len": len(document), "data_len": len(data) - 128, "file_len": meta_off + len(document),
-        "meta_sha256": hashlib.sha256(document).digest(),
-    }  # fmt: skip
-    return make_header(**{**fields, **header}) + body
-
-
-def make_header(**fields: Any) -> bytes:
-    """A header of these fields, with the right CRC-32 unless one is given."""
-    head = bytearray(128)
-    for name, value in fields.items():
-        code, offset = FIELDS[name]
-        struct.pack_into(code, head, offset, value)
-    if "crc32" not in fields:
-        struct.pack_into("<I", head, 124, zlib.crc32(head[:124]))
-    return bytes(head)
-
-
-def flip(data: bytes, offset: int) -> bytes:
-    """Change the lowest bit of one byte."""
-    return data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
-
-
-def zstd_frame(size: int, text: bytes = b"", header: bytes | None = None, letter: bytes = b"a") -> bytes:
-    """A zstd frame of `size` bytes, `text` and then letters a, whose bytes no compressor's version decides."""
-    blocks = [struct.pack("<I", len(text) << 3 | (len(text) == size))[:3] + text] if text else []
-    for start in range(len(text), size, RLE_LIMIT):
-        length = min(RLE_LIMIT, size - start)
-        blocks.append(struct.pack("<I", length << 3 | 2 | (start + length == size))[:3] + letter)
-    return (header or ZSTD_MAGIC + b"\xa0" + struct.pack("<I", size)) + b"".join(blocks)
-
-
-# --- the faults -------------------------------------------------------------------------------------
-
-
-class Fault(NamedTuple):
-    """A wrong file: its name, the class a reader must report, what is wrong, its bytes."""
-
-    name: str
-    error: str
-    fault: str
-    data: bytes
-
-
-SIGNS, CODES, LEVELS, SCALES, FLAGS, PLAIN, PACKED = range(7)  # sections of `base`
-STARTS = (128, 192, 256, 320, 384, 448, 512)  # and where they are
-SCALAR, ALIAS, RAW = range(3)  # its tensors
-SIZE = 4096  # raw bytes of its compressed asset
-
-
-def base() -> Parts:
-    """One of each: signs, a scalar tensor, its alias, a raw tensor, a plain and a compressed asset."""
-    parts = empty(signs=True)
-    parts.scalar("a", "F32", [100], 0, bytes(range(32)), struct.pack("<4f", -1.5, -0.5, 0.5, 1.5), b"\x00\x2c")
-    parts.alias("b", "F32", [100], "a")
-    parts.raw("c", "BOOL", [3], b"\x01\x00\x01")
-    parts.asset("c.json", b"{}\n")
-    parts.asset("d.txt", b"a" * SIZE, [zstd_frame(SIZE)])
-    return parts
-
-
-def edited(name: str, error: str, fault: str, edit: Callable[[Parts], object], **header: Any) -> Fault:
-    """A fault made by editing `base`."""
-    parts = base()
-    edit(parts)
-    return Fault(name, error, fault, parts.build(**header))
-
-
-def put(path: str, value: Any) -> Callable[[Parts], None]:
-    """An edit of the metadata: set the value at a dotted path; ... removes the key."""
-
-    def edit(parts: Parts) -> None:
-        *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
-        target: Any = parts.document
-        for key in parents:
-            target = target[key]
-        if value is ...:
-            del target[last]
-        else:
-            target[last] = value
-
-    return edit
-
-
-def text_edit(name: str, fault: str, old: bytes, new: bytes) -> Fault:
-    """BadMetadata made by exchanging a piece of the document's text."""
-    parts = base()
-    document = canonical(parts.document)
-    assert old in document, name
-    return Fault(name, "BadMetadata", fault, layout(document.replace(old, new, 1), parts.blobs))
+from vector_parts import (
+    ALIAS,
+    CODES,
+    FLAGS,
+    LEVELS,
+    PACKED,
+    PLAIN,
+    RAW,
+    SCALAR,
+    SCALES,
+    SIGNS,
+    SIZE,
+    STARTS,
+    ZSTD_MAGIC,
+    Fault,
+    Object,
+    Parts,
+    base,
+    canonical,
+    edited,
+    empty,
+    flip,
+    layout,
+    put,
+    sha256,
+    text_edit,
+    zstd_frame,
+)
+from vectors_bad_codings import coded_faults, trellis_faults
 
 
 def header_faults() -> Iterator[Fault]:
@@ -534,153 +321,6 @@ def value_faults() -> Iterator[Fault]:
             parts.replace(index, data)
 
         yield edited(f"value-{name}", "BadValues", fault, edit)
-
-
-def trellis_base() -> Parts:
-    """One trellis tensor of two blocks and two rows, all of its indices 0: a chunk of a state and nothing else would
-    need the frequency 2**14, so there are some words."""
-    parts = empty()
-    pairs = np.array([8000, 2000], "<u2")
-    chunk = rans.encode(np.zeros(256, np.int32), rans.make_tables(pairs))
-    parts.trellis("t", "F32", [2, 100], 100, 8, -30, b"\x40\x48", pairs.tobytes(), [chunk])
-    return parts
-
-
-ROW_SCALES, FREQUENCIES, SYMBOLS = range(3)  # sections of `trellis_base`
-
-
-def trellis_faults() -> Iterator[Fault]:
-    """Everything that is special to the encoding trellis."""
-
-    def wrong(name: str, error: str, fault: str, edit: Callable[[Parts], object], **header: Any) -> Fault:
-        parts = trellis_base()
-        edit(parts)
-        return Fault(f"trellis-{name}", error, fault, parts.build(**header))
-
-    for name, fault, path, value in (
-        ("states", "A trellis has 16 states.", "states", 16),
-        ("step-low", "A step is below 2**23.", "step", (1 << 23) - 1),
-        ("step-high", "A step is 2**24.", "step", 1 << 24),
-        ("exponent-low", "An exponent is -150.", "exponent", -150),
-        ("exponent-high", "An exponent is 89.", "exponent", 89),
-        ("row-zero", "A row has no element.", "row", 0),
-        ("bits", "A trellis tensor has bits.", "bits", 4),
-        ("chunk-empty", "A chunk has no byte.", "sections.2.chunks", [0]),
-    ):
-        yield wrong(name, "BadMetadata", fault, put(f"tensors.0.{path}", value))
-    yield wrong("no-feature", "BadMetadata", "The header lacks the feature bit of the trellis.", lambda p: None,
-                incompat=0)  # fmt: skip
-    yield Fault("trellis-unused", "BadMetadata", "The feature bit of the trellis is set without need.",
-                empty().build(minor=1, incompat=2))  # fmt: skip
-    length = len(trellis_base().blobs[SYMBOLS])
-    listed: list[tuple[str, str, str, Any]] = [
-        ("row", "Rows of 99 elements do not fill a tensor of 200.", "row", 99),
-        ("dtype", "A trellis tensor is I32.", "dtype", "I32"),
-        ("no-element", "A trellis tensor has no element.", "shape", [0, 100]),
-        ("no-chunks", "The symbols do not say how long their chunks are.", "sections.2.chunks", ...),
-        ("chunk-count", "One chunk is listed as two.", "sections.2.chunks", [2, length - 2]),
-        ("chunk-sum", "The chunk is longer than the section.", "sections.2.chunks", [length + 2]),
-        ("chunks-of-scales", "The scales are listed as a chunk.", "sections.0.chunks", [2]),
-        ("kind", "The frequencies are of the kind levels.", "sections.1.kind", "levels"),
-        ("symbols-zstd", "The symbols are compressed once more.", "sections.2.zstd",
-         {"frames": [length], "raw_length": length, "raw_sha256": sha256(b"none")}),
-        ("scales-frames", "Compressed scales list two frames for two bytes.", "sections.0.zstd",
-         {"frames": [1, 1], "raw_length": 2, "raw_sha256": sha256(b"none")}),
-        ("scales-raw-length", "Compressed scales have three raw bytes for two rows.", "sections.0.zstd",
-         {"frames": [2], "raw_length": 3, "raw_sha256": sha256(b"none")}),
-    ]  # fmt: skip
-    for name, fault, path, value in listed:
-        yield wrong(name, "BadTensor", fault, put(f"tensors.0.{path}", value))
-
-    def replace(index: int, data: bytes) -> Callable[[Parts], None]:
-        def edit(parts: Parts) -> None:
-            parts.replace(index, data)
-            if index == SYMBOLS:
-                parts.tensors[0]["sections"][SYMBOLS]["chunks"] = [len(data)]
-
-        return edit
-
-    symbols = trellis_base().blobs[SYMBOLS]
-    for name, error, fault, index, data in (
-        ("scales-length", "BadTensor", "There is one scale too many.", ROW_SCALES, b"\x40\x48\x48"),
-        ("frequencies-few", "BadTensor", "There is one frequency alone.", FREQUENCIES, b"\x40\x1f"),
-        ("frequencies-odd", "BadTensor", "The frequencies have an odd number of bytes.", FREQUENCIES, bytes(5)),
-        ("frequencies-many", "BadTensor", "There are 16,385 frequencies.", FREQUENCIES, bytes(32770)),
-        ("chunk-odd", "BadTensor", "A chunk has an odd number of bytes.", SYMBOLS, symbols + b"\0"),
-        ("scale", "BadValues", "A scale is that of infinity.", ROW_SCALES, b"\x40\xf8"),
-        ("frequency-zero", "BadValues", "A frequency is 0.", FREQUENCIES, struct.pack("<3H", 8000, 2000, 0)),
-        ("frequency-even", "BadValues", "The escape of even indices gets nothing.", FREQUENCIES,
-         struct.pack("<3H", 2, 2000, 8191)),
-        ("frequency-odd", "BadValues", "The escape of odd indices gets nothing.", FREQUENCIES,
-         struct.pack("<2H", 8000, 8192)),
-        ("cut", "BadFrames", "The last word of a chunk is missing.", SYMBOLS, symbols[:-2]),
-        ("more", "BadFrames", "A chunk has a word too many.", SYMBOLS, symbols + b"\0\0"),
-        ("short", "BadFrames", "A chunk has less than a state.", SYMBOLS, symbols[:2]),
-        ("state-low", "BadFrames", "A state is below 2**16.", SYMBOLS, b"\0\0" + symbols[2:]),
-        ("state-last", "BadFrames", "The state does not end at 2**16.", SYMBOLS, flip(symbols, 2)),
-    ):  # fmt: skip
-        yield wrong(name, error, fault, replace(index, data))
-
-
-def coded_base() -> Parts:
-    """One tensor of 3-bit codes, two blocks, that are compressed: 0 to 7 in turn."""
-    parts, codes = empty(), bytes(range(8)) * 32
-    levels = struct.pack("<8f", *range(-4, 4))
-    parts.scalar("t", "F32", [2, 100], 0, pack(np.frombuffer(codes, np.uint8), 3), levels, struct.pack("<2e", 1, 2))
-    parts.compress_codes([zstd_frame(256, codes)])
-    return parts
-
-
-def coded_faults() -> Iterator[Fault]:
-    """Everything that is special to compressed codes."""
-
-    def wrong(name: str, error: str, fault: str, edit: Callable[[Parts], object], **header: Any) -> Fault:
-        parts = coded_base()
-        edit(parts)
-        return Fault(f"coded-{name}", error, fault, parts.build(**header))
-
-    yield wrong("no-feature", "BadMetadata", "The header lacks the feature bit of compressed codes.", lambda p: None,
-                incompat=0)  # fmt: skip
-    yield Fault("coded-unused", "BadMetadata", "The feature bit of compressed codes is set without need.",
-                empty().build(minor=2, incompat=1))  # fmt: skip
-    entry = coded_base().tensors[0]["sections"][0]
-    length, zstd = entry["length"], entry["zstd_codes"]
-    for name, fault, path, value in (
-        ("raw-length", "The packed codes are one byte short of the shape.", "0.zstd_codes.raw_length", 95),
-        ("byte-length", "The raw length is that of a byte for each code.", "0.zstd_codes.raw_length", 256),
-        ("frame-count", "One frame is listed as two.", "0.zstd_codes.frames", [2, length - 2]),
-        ("frame-sum", "The frame is longer than the section.", "0.zstd_codes.frames", [length + 1]),
-        ("no-frame", "No frame is listed.", "0.zstd_codes.frames", []),
-        ("twice", "The codes are compressed both as bytes and as codes.", "0.zstd", zstd),
-        ("as-bytes", "The codes are compressed as bytes are.", "0",
-         {"kind": "codes", "length": length, "sha256": entry["sha256"], "zstd": zstd}),
-        ("levels", "The levels are compressed as codes.", "1.zstd_codes", {**zstd, "raw_length": 32}),
-        ("chunks", "The compressed codes are listed as a chunk.", "0.chunks", [length]),
-        ("frame-large", "A frame has over 1,052,672 bytes.", "0",
-         {**entry, "length": 1052673, "zstd_codes": {**zstd, "frames": [1052673]}}),
-    ):  # fmt: skip
-        yield wrong(name, "BadTensor", fault, put(f"tensors.0.sections.{path}", value))
-
-    def replace(frame: bytes) -> Callable[[Parts], None]:
-        def edit(parts: Parts) -> None:
-            parts.replace(0, frame)
-            parts.tensors[0]["sections"][0]["zstd_codes"]["frames"] = [len(frame)]
-
-        return edit
-
-    codes = bytes(range(8)) * 32
-    for name, fault, frame in (
-        ("code", "The last code is 8.", zstd_frame(256, codes[:-1] + b"\x08")),
-        ("code-255", "A code is 255.", zstd_frame(256, b"\xff" + codes[1:])),
-        ("packed", "A frame holds the packed codes.", zstd_frame(96, codes[:96])),
-        ("more", "A frame holds a code more than it states.", zstd_frame(257, codes + b"\0", zstd_frame(256)[:9])),
-        ("bomb", "A frame states and holds 1 MiB.", zstd_frame(1 << 20, codes, letter=b"\0")),
-        ("cut", "A frame lacks its last byte.", zstd_frame(256, codes)[:-1]),
-        ("trailing", "A frame is followed by a byte in its place.", zstd_frame(256, codes) + b"\0"),
-    ):
-        yield wrong(name, "BadFrames", fault, replace(frame))
-    yield wrong("other", "BadDigest", "The codes are others than those of the digest.",
-                replace(zstd_frame(256, codes[::-1])))  # fmt: skip
 
 
 def bad() -> list[Fault]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vectors_bad import Parts, base, canonical, empty, sha256
+from vector_parts import Parts, base, canonical, empty, sha256
 
 ZEROS = "0" * 64
 LEVELS = struct.pack("<4f", -1.5, -0.5, 0.5, 1.5)

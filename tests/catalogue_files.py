@@ -18,7 +18,7 @@ import zstandard
 from catalogue import case, refused, write_sparse
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from vectors_bad import (
+from vector_parts import (
     ALIAS,
     CODES,
     FIELDS,
@@ -34,13 +34,13 @@ from vectors_bad import (
     align,
     base,
     canonical,
-    coded_base,
     empty,
     layout,
     make_header,
     put,
 )
-from vectors_bad import zstd_frame as frame
+from vector_parts import zstd_frame as frame
+from vectors_bad_codings import coded_base
 
 from hlwq_formats.reader import Reader
 

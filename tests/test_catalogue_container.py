@@ -44,7 +44,7 @@ from catalogue_files import (
     wrong_integers,
 )
 from conftest import Run
-from vectors_bad import CODES, STARTS, base, canonical, empty, flip, layout, make_header
+from vector_parts import CODES, STARTS, base, canonical, empty, flip, layout, make_header
 
 import hlwq_convert as h
 from hlwq_formats.reader import Reader

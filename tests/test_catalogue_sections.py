@@ -41,7 +41,7 @@ from catalogue_files import (
     write,
 )
 from conftest import Run
-from vectors_bad import (
+from vector_parts import (
     CODES,
     FLAGS,
     LEVELS,
@@ -58,7 +58,7 @@ from vectors_bad import (
     layout,
     put,
 )
-from vectors_bad import zstd_frame as frame
+from vector_parts import zstd_frame as frame
 
 import hlwq_convert as h
 from hlwq_formats.reader import Reader

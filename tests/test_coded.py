@@ -16,7 +16,7 @@ from models import normal, small_model, tensor, write_model
 from msgspec import UNSET
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from vectors_bad import Parts, sha256
+from vector_parts import Parts, sha256
 
 import hlwq_convert as h
 from hlwq_convert import journal, store

@@ -13,7 +13,7 @@ from spec_reader import REFUSALS, read
 from spec_sets import read_set
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from vectors_bad import empty
+from vector_parts import empty
 
 import hlwq_convert as h
 from hlwq_convert.decode import decode_quantized
