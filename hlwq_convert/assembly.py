@@ -19,6 +19,7 @@ from hlwq_formats.split import header_of, plan_parts
 from hlwq_formats.writer import Writer, Writers
 
 from .duplicates import digest_of
+from .entries import Output
 from .inspection import Inspection, Report, inspect_reader, printable
 from .job import Job, make_metadata
 from .journal import Done, Journal
@@ -27,7 +28,7 @@ from .resume import Digest, Planned, fingerprint, load_earlier, still_good
 from .rotate import SIGN_BYTES
 from .self_check import self_check
 from .sizing import long_parts, planned_metadata, total_bytes
-from .store import Output, Run, write_tensors
+from .store import Run, write_tensors
 from .survey import MakeEncoder
 from .trellis import row_of
 
@@ -120,7 +121,7 @@ def assemble(
                 listed.append(md.Asset(name, [output.writer.write_section("asset", content, compress=True)]))
         source.model.check_unchanged()
         step = stepper(progress, "checking", total)
-        check = partial(self_check, pool=pool, ahead=ahead, step=step)
+        check = partial(self_check, pool=pool, workers=settings.workers, step=step)
         return [_commit(*each, check) for each in zip(plannings, outputs, signs, assets, strict=True)]
     except BaseException as error:
         run.stop.set()

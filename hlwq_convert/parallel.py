@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,6 +69,20 @@ def ordered_map(pool: ThreadPoolExecutor, ahead: int, work: Callable[[T], R], it
     finally:
         for future in waiting:
             future.cancel()
+
+
+def take_turns(iterators: Iterable[Iterator[T]], width: int) -> Iterator[T]:
+    """The items of all iterators, `width` of which take turns: the next one joins when one is exhausted."""
+    waiting = iter(iterators)
+    active = deque(islice(waiting, width))
+    while active:
+        iterator = active.popleft()
+        for item in islice(iterator, 1):
+            yield item
+            active.append(iterator)
+            break
+        else:
+            active.extend(islice(waiting, 1))
 
 
 class OrderedDigest:

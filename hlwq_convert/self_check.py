@@ -17,31 +17,32 @@ from hlwq_formats.layout import BLOCK, count_blocks
 from hlwq_formats.reader import Reader
 
 from .decode import Piece, pieces
-from .parallel import call, ordered_map
+from .parallel import call, ordered_map, take_turns
 from .quantize import combine
 
 
 def self_check(
-    reader: Reader, checksums: dict[str, list[int]], pool: ThreadPoolExecutor, ahead: int, step: Callable[[int], None]
+    reader: Reader, checksums: dict[str, list[int]], pool: ThreadPoolExecutor, workers: int, step: Callable[[int], None]
 ) -> None:
     """Verify a whole file; `checksums` are those of the chunks of its quantized tensors.
 
     Raises what Reader.verify raises, or SelfCheckFailed (70).
     """
     reader.verify_shared()
-    for done in ordered_map(pool, ahead, call, _tasks(reader, checksums)):
+    # several tensors at once: the digest of one takes a core all of the time
+    tasks = take_turns((_tasks(reader, tensor, checksums) for tensor in reader.metadata.tensors), max(1, workers // 2))
+    for done in ordered_map(pool, 2 * workers, call, tasks):
         step(done)
 
 
-def _tasks(reader: Reader, checksums: dict[str, list[int]]) -> Iterator[Callable[[], int]]:
-    """Tasks that each look at some bytes and return the number of source bytes that those stand for."""
-    for tensor in reader.metadata.tensors:
-        match tensor:
-            case md.RawTensor():
-                yield partial(_check_raw, reader, tensor)
-            case md.ScalarTensor() | md.TrellisTensor():
-                for piece, expected in zip(pieces(reader, tensor, tensor.dtype), checksums[tensor.name], strict=True):
-                    yield partial(_check_piece, reader.path, tensor, piece, expected)
+def _tasks(reader: Reader, tensor: md.Tensor, checksums: dict[str, list[int]]) -> Iterator[Callable[[], int]]:
+    """Tasks that each look at some bytes of a tensor and return the number of source bytes that those stand for."""
+    match tensor:
+        case md.RawTensor():
+            yield partial(_check_raw, reader, tensor)
+        case md.ScalarTensor() | md.TrellisTensor():
+            for piece, expected in zip(pieces(reader, tensor, tensor.dtype), checksums[tensor.name], strict=True):
+                yield partial(_check_piece, reader.path, tensor, piece, expected)
 
 
 def _check_raw(reader: Reader, tensor: md.RawTensor) -> int:

@@ -21,13 +21,18 @@ from hlwq_formats.rans import SEGMENT
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 
 from .codebook import GROUP, sample_groups
+from .metrics import ErrorSums
 from .plan import Choice
-from .quantize import EncodedChunk, ScalarCode, choose_exponent
+from .quantize import EncodedChunk, ScalarCode, all_finite, choose_exponent
 from .rotate import sign_vector
 from .scalar import Effort
 from .trellis import STATES, EncodedIndices, TrellisCode, fit, is_storable, plain_code, row_of, row_scales
 
 _PIECE = 1 << 20  # bytes; what was read is hashed while it is in the core's cache
+
+_SAFE = {"F16": (2.0**-14, 2.0**11), "BF16": (2.0**-100, 2.0**123), "F32": (2.0**-100, 2.0**123)}
+"""Between which values the largest weight of a tensor must lie so that scalar codes surely decode to something finite
+that is not all zeros: a block's fitted scale gives it no more than its norm, sqrt(128) times the largest weight."""
 
 
 Encode = Callable[[bytes, int], EncodedChunk | EncodedIndices]
@@ -92,12 +97,15 @@ def survey(
 
     def find_code(choice: Choice) -> Surveyed:
         code: ScalarCode | TrellisCode
+        at_an_end = largest > 0 and not _SAFE[tensor.dtype][0] < largest < _SAFE[tensor.dtype][1]
         if choice.step is not None and scales is not None:
             code = _fit_trellis(tensor, sample, exponent, choice.step, scales, effort)
             if not is_storable(code):
                 return Surveyed(tensor, f"its weights of up to {largest:g} are at an end of the range of floats")
         elif choice.bits is not None:
             code = _fit_scalar(tensor, sample, exponent, choice.bits, effort)
+            if at_an_end and (what := _decodes_to(model, tensor, make_encoder(code))):
+                return Surveyed(tensor, f"quantized it would decode to {what}")
         else:
             return Surveyed(tensor, choice.reason)
         return Surveyed(tensor, choice.reason, digest.hexdigest(), code, make_encoder(code), zeros)
@@ -125,6 +133,19 @@ def _fit_trellis(
     segments.ravel()[: len(steps)] = steps
     indices = search_segments(segments, np.float32(1), states)
     return fit(code, steps, indices.ravel()[: len(steps)])
+
+
+def _decodes_to(model: ModelDir, tensor: SourceTensor, encode: Encode) -> str:
+    """What is wrong with all that a tensor would decode to, if something is: it is encoded to see."""
+    sums, first = ErrorSums(), 0
+    for raw in model.read_pieces(tensor, _pieces(tensor)):
+        chunk = encode(raw, first)
+        if not all_finite(chunk.sums):
+            return "infinity"
+        sums.add(chunk.sums)
+        first += len(raw) * 8 // ITEM_BITS[tensor.dtype]
+    closeness = sums.closeness()
+    return "zeros" if closeness is not None and closeness.cosine == 0 else ""
 
 
 def _pieces(tensor: SourceTensor) -> list[tuple[int, int]]:

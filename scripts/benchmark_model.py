@@ -25,17 +25,20 @@ MIN_WEIGHTS = 100_000
 _POOL = 1 << 24
 _BAND = 1 << 21  # weights made at once
 _SHARD = 1 << 30  # bytes, at most, but for a tensor that is larger by itself
+_VOCABULARY = 151_936
 _WIDTHS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 4096, 5120, 8192)
 
 
 def qwen_shapes(weights: int) -> Shapes:
-    """Names and shapes of a model of about so many weights: a fifth in the embedding, the rest in the layers."""
+    """Names and shapes of a model of about so many weights: a fifth in the embedding, but no more than Qwen's vocabulary
+    takes, and the rest in the layers."""
     # A layer has 12 * hidden**2 weights; ten layers or more are to fit.
     hidden = max([_WIDTHS[0], *(width for width in _WIDTHS if 150 * width * width <= weights)])
     wide, half = 3 * hidden, hidden // 2
     layer = 12 * hidden * hidden
-    layers = max(1, round(0.8 * weights / layer))
-    shapes: Shapes = {"model.embed_tokens.weight": (max(64, (weights - layers * layer) // hidden), hidden)}
+    layers = max(1, round(max(0.8 * weights, weights - _VOCABULARY * hidden) / layer))
+    vocabulary = min(max(64, (weights - layers * layer) // hidden), _VOCABULARY)
+    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for number in range(layers):
         prefix = f"model.layers.{number}."
         shapes |= {

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from vector_parts import Parts, sha256
 
 import hlwq_convert as h
-from hlwq_convert import journal, store
+from hlwq_convert import entries, journal, store
 from hlwq_convert.against import compare
 from hlwq_convert.decode import code_chunks, decode_quantized, get_numpy
 from hlwq_convert.kernels import packing
@@ -58,7 +58,7 @@ def convert(source: Path, out: Path, *, coded: bool = True, **options: object) -
     """With --effort best, or, when not `coded`, the same codes packed."""
     with pytest.MonkeyPatch.context() as patch:
         if not coded:
-            patch.setattr(store, "pays", lambda stored, raw: False)
+            patch.setattr(entries, "pays", lambda stored, raw: False)
         return h.convert(source, out, effort="best", **options)  # type: ignore[arg-type]
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from crash_harness import MODES, Died, Fault, check, finish, injected, memory_folder, run
 
 import hlwq_convert as h
-from hlwq_convert import journal, store
+from hlwq_convert import entries, journal, store
 from hlwq_formats.errors import HlwqError, IoFailure
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -263,7 +263,7 @@ def test_a_failure_leaves_nothing_to_resume(source: Path, out: Path, monkeypatch
     def fail(sums: object) -> bool:
         raise IoFailure("planted")
 
-    monkeypatch.setattr(store, "all_finite", fail)
+    monkeypatch.setattr(entries, "all_finite", fail)
     with pytest.raises(IoFailure, match="planted"):
         h.convert(source, out)
     assert list(out.parent.iterdir()) == []

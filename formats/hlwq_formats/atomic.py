@@ -16,8 +16,9 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 
-from .errors import CannotCreate, HlwqError, IoFailure, Locked, SelfCheckFailed
+from .errors import CannotCreate, HlwqError, Internal, IoFailure, Locked, SelfCheckFailed
 from .file_ops import OPS
 from .interrupts import uninterrupted
 
@@ -57,12 +58,16 @@ class AtomicFile:
         self.resumed = False
         self.published = False
         self._fd = -1
+        self._owner = -1
+        self._writing = 0  # threads other than the owner that do
+        self._idle = threading.Condition()
 
     @uninterrupted
     def begin(self, *, resume: bool = False) -> None:
         """Make OUT.part. With `resume` one that a dead process left with a journal is opened as it is, and `resumed` is
         True."""
         check_destination(self.path, overwrite=self._overwrite)
+        self._owner = threading.get_ident()
         self._fd = self._open_locked(resume)
         if not self.resumed:
             self._remove_journal()
@@ -202,7 +207,23 @@ class AtomicFile:
                 raise self._failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), size) from None
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data` at `offset`."""
+        """Write all of `data` at `offset`, from any thread. The file is not closed before other threads than the one
+        that began it are through: its number may then belong to another file."""
+        if threading.get_ident() == self._owner:  # it cannot close and write at once, and signals may interrupt it
+            self._write(offset, data)
+            return
+        with self._idle:
+            if self._fd < 0:
+                raise Internal("written to when it was closed", file=self.part)
+            self._writing += 1
+        try:
+            self._write(offset, data)
+        finally:
+            with self._idle:
+                self._writing -= 1
+                self._idle.notify_all()
+
+    def _write(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
         try:
             while view:
@@ -289,8 +310,10 @@ class AtomicFile:
 
     def _close(self) -> None:
         if self._fd >= 0:
-            OPS.close(self._fd)
-            self._fd = -1
+            with self._idle:
+                self._idle.wait_for(lambda: self._writing == 0)
+                fd, self._fd = self._fd, -1
+            OPS.close(fd)
 
     def _failed(self, error: OSError, needed: int) -> HlwqError:
         if error.errno in _FULL:

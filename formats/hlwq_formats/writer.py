@@ -39,9 +39,18 @@ class SectionWriter:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`, items of one byte, to the section."""
-        if self._length is not None and self._position + len(data) > self._offset + self._length:
+        self.place(self._position - self._offset, data)
+        self.count(data)
+
+    def place(self, start: int, data: bytes | memoryview) -> None:
+        """Write `data` at byte `start` of the section, from any thread and in any order. All of it must be given to
+        `count` too, in order."""
+        if self._length is not None and start + len(data) > self._length:
             raise Internal(f"{self._kind} section overflows its {self._length} bytes")
-        self._writer.put(self._position, data)
+        self._writer.put(self._offset + start, data)
+
+    def count(self, data: bytes | memoryview) -> None:
+        """Hash the next bytes of the section, which are written."""
         self._digest.update(data)
         self._position += len(data)
 
@@ -135,7 +144,7 @@ class Writer:
         return offset
 
     def put(self, position: int, data: bytes | memoryview) -> None:
-        """Write bytes of a section."""
+        """Write bytes of a section, from any thread."""
         self._file.write(position, data)
 
     def open_section(self, kind: md.Kind, length: int | None) -> SectionWriter:
