@@ -46,6 +46,7 @@ class Settings:
     resume: bool
     nonfinite: str
     make_encoder: MakeEncoder
+    piece: int  # weights that it likes to get at once
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def assemble(
     total = len(plannings) * sum(tensor.length for tensor in source.tensors)
     run = Run(
         source.model, pool, settings.workers, job.recipe.effort, settings.nonfinite, settings.make_encoder,
-        stepper(progress, "converting", total),
+        settings.piece, stepper(progress, "converting", total),
     )  # fmt: skip
     stored = [tensor for tensor in source.tensors if tensor.name not in aliases]
     digest = functools.cache(partial(digest_of, source.model))

@@ -24,7 +24,7 @@ from .ladder import Rung, make_rungs, path_of
 from .parallel import default_workers
 from .plan import Choice
 from .publishing import publish
-from .quantize import ScalarCode
+from .quantize import CHUNK, ScalarCode
 from .sizing import find_steps, weights_of
 from .source import Source
 from .survey import Encode, MakeEncoder
@@ -34,6 +34,7 @@ TOLERANCE = 0.002
 """How much smaller than asked for a file of variable rate may be; it is never larger."""
 
 _EXACT_TRIES, _TRIES = 3, 8
+_GPU_PIECE = 4 * CHUNK  # weights at once: launching a kernel from Python takes as long as encoding one of these
 _GRAIN = 512  # bytes; sections begin at multiples of 64, and the metadata has more digits or fewer
 
 
@@ -130,7 +131,8 @@ def run(
         (check_destination if jobs[0].split_size is None else check_place)(out, overwrite=overwrite)
         remove_leftovers(out)
     workers = workers or default_workers()
-    settings = Settings(workers, overwrite, resume, nonfinite, make_encoder)
+    piece = CHUNK if device == "cpu" else _GPU_PIECE
+    settings = Settings(workers, overwrite, resume, nonfinite, make_encoder, piece)
     compile_kernels(jobs, progress)
     with ThreadPoolExecutor(workers, "hlwq") as pool, Writers() as writers:
         aliases = find_duplicates(jobs[0].source.model, jobs[0].source.tensors)

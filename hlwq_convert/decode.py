@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from hlwq_formats.errors import BadTensor, UnsupportedDtype
 from hlwq_formats.layout import BLOCK, numel
 from hlwq_formats.reader import Memory, Reader
 
-from .parallel import OrderedDigest, call, default_workers, ordered_map
+from .parallel import InOrder, call, default_workers, ordered_map
 from .quantize import CHUNK, ScalarCode
 from .trellis import TrellisCode
 
@@ -65,6 +66,11 @@ def _copy(data: bytes, into: Memory) -> memoryview:
     return place
 
 
+def stored_bytes(tensor: md.StoredTensor) -> int:
+    """Bytes that the sections of a tensor take."""
+    return sum(section.length for section in tensor.sections)
+
+
 @dataclass(frozen=True)
 class Piece:
     """A run of weights that can be decoded on its own: `decode` writes (count,) bit patterns, uint32 for F32 and else
@@ -101,14 +107,22 @@ def _coded_pieces(reader: Reader, tensor: md.ScalarTensor, dtype: str) -> Iterat
     decode = decoder(scalar_code(reader, tensor), dtype)
     packing, n = tensor.sections[0].zstd_codes, numel(tensor.shape)
     assert packing is not UNSET
-    digest = OrderedDigest(len(packing.frames))
+    digest, left = hashlib.sha256(), len(packing.frames)
+
+    def take(packed: bytes) -> None:
+        nonlocal left
+        digest.update(packed)
+        left -= 1
+        if left == 0:
+            reader.check_packed(tensor, digest.hexdigest())
+
+    in_order = InOrder(take)
 
     def decode_frame(
         number: int, frame: bytes, scales: NDArray[np.float16], result: NDArray[np.unsignedinteger]
     ) -> None:
         packed = reader.repack(tensor, number, frame, pack)
-        if (found := digest.add(number, packed)) is not None:
-            reader.check_packed(tensor, found)
+        in_order.add(number, packed)
         decode(packed, scales, result)
 
     frames = reader.iter_section("tensor", tensor.name, "codes", packing.frames)

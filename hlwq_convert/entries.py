@@ -22,7 +22,7 @@ from .inspection import TensorReport
 from .journal import Journal
 from .metrics import ErrorSums
 from .plan import Choice
-from .quantize import EncodedChunk, ScalarCode, all_finite, combine
+from .quantize import CHUNK, EncodedChunk, ScalarCode, all_finite, combine
 from .scalar import Effort
 from .survey import Surveyed
 from .trellis import EncodedIndices, TrellisCode
@@ -52,13 +52,14 @@ class Opened:
     """A tensor in the making in one file.
 
     `place` writes a piece, given the flat index of its first weight, `take` adds it to what the entry will say, and
-    `finish` makes that. Pieces are taken in order; they are placed by any thread and in any order where the length of
-    the tensor `is_known`, else one after the other, each before it is taken.
+    `finish` makes that, given the SHA-256 of the source of a quantized tensor. Pieces are taken in order; they are
+    placed by any thread and in any order where the length of the tensor `is_known`, else one after the other, each
+    before it is taken.
     """
 
     place: Callable[[int, Content], None]
     take: Callable[[Content], None]
-    finish: Callable[[], md.StoredTensor]
+    finish: Callable[[str], md.StoredTensor]
 
 
 class CannotDecode(Exception):
@@ -98,7 +99,7 @@ def _open_raw(writer: Writer, of: Surveyed) -> Opened:
         assert isinstance(content, bytes)
         section.count(content)
 
-    def finish() -> md.RawTensor:
+    def finish(source: str) -> md.RawTensor:
         return md.RawTensor(tensor.name, tensor.dtype, list(tensor.shape), of.reason, [section.done()])
 
     return Opened(place, take, finish)
@@ -115,19 +116,20 @@ def _measure(output: Output, of: Surveyed, opened: Opened) -> Opened:
         assert not isinstance(chunk, bytes)
         opened.take(chunk)
         sums.add(chunk.sums)
-        checksums.append(combine(chunk.checksums))
+        n_blocks = CHUNK // BLOCK
+        checksums.extend(combine(chunk.checksums[i : i + n_blocks]) for i in range(0, len(chunk.checksums), n_blocks))
         finite &= all_finite(chunk.sums)
         if isinstance(chunk, EncodedIndices):
             counts = add_counts(counts, chunk.counts)
 
-    def finish() -> md.StoredTensor:
+    def finish(source: str) -> md.StoredTensor:
         closeness = sums.closeness()
         what = "infinity" if not finite else "zeros" if closeness is not None and closeness.cosine == 0 else None
         if what is not None and isinstance(of.code, TrellisCode):
             raise CannotDecode(what)
         if what is not None:  # the survey keeps such tensors raw
             raise Internal(f"it decodes to {what}", file=tensor.file, tensor=tensor.name)
-        entry = opened.finish()
+        entry = opened.finish(source)
         if of.zeros >= _MOSTLY * tensor.numel:
             share = f"{of.zeros} of {tensor.numel} weights are zero"
             output.warnings.append(f'tensor "{escape(tensor.name)}": {share}: was {escape(tensor.file)} fetched whole?')
@@ -160,7 +162,10 @@ def _open_scalar(writer: Writer, of: Surveyed, code: ScalarCode) -> Opened:
         sections["codes"].count(chunk.codes)
         sections["scales"].count(chunk.scales)
 
-    return Opened(place, take, lambda: _scalar_entry(of, code, [section.done() for section in sections.values()]))
+    def finish(source: str) -> md.ScalarTensor:
+        return _scalar_entry(of, code, source, [section.done() for section in sections.values()])
+
+    return Opened(place, take, finish)
 
 
 def _open_coded(writer: Writer, of: Surveyed, code: ScalarCode) -> Opened:
@@ -182,21 +187,21 @@ def _open_coded(writer: Writer, of: Surveyed, code: ScalarCode) -> Opened:
         assert isinstance(chunk, EncodedChunk)
         packed_digest.update(chunk.codes)
 
-    def finish() -> md.ScalarTensor:
+    def finish(source: str) -> md.ScalarTensor:
         if not pays(sum(frames), room):
             raise NotSmaller
         codes.shrink([levels, scales])
         packing = md.Zstd(frames, room, packed_digest.hexdigest())
         section = msgspec.structs.replace(codes.done(), zstd_codes=packing)
-        return _scalar_entry(of, code, [section, levels.done(), scales.done()])
+        return _scalar_entry(of, code, source, [section, levels.done(), scales.done()])
 
     return Opened(place, take, finish)
 
 
-def _scalar_entry(of: Surveyed, code: ScalarCode, sections: list[md.Section]) -> md.ScalarTensor:
+def _scalar_entry(of: Surveyed, code: ScalarCode, source: str, sections: list[md.Section]) -> md.ScalarTensor:
     tensor = of.tensor
     return md.ScalarTensor(
-        tensor.name, tensor.dtype, list(tensor.shape), of.reason, code.bits, BLOCK, code.exponent, of.sha256, sections
+        tensor.name, tensor.dtype, list(tensor.shape), of.reason, code.bits, BLOCK, code.exponent, source, sections
     )
 
 
@@ -217,10 +222,10 @@ def _open_trellis(writer: Writer, of: Surveyed, code: TrellisCode) -> Opened:
         assert isinstance(chunk, EncodedIndices)
         lengths.extend(map(len, chunk.chunks))
 
-    def finish() -> md.TrellisTensor:
+    def finish(source: str) -> md.TrellisTensor:
         return md.TrellisTensor(
             tensor.name, tensor.dtype, list(tensor.shape), of.reason, BLOCK, code.row, code.states, code.step,
-            code.step_exponent, of.sha256, [*sections, msgspec.structs.replace(symbols.done(), chunks=lengths)],
+            code.step_exponent, source, [*sections, msgspec.structs.replace(symbols.done(), chunks=lengths)],
         )  # fmt: skip
 
     return Opened(place, take, finish)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import threading
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -85,23 +84,50 @@ def take_turns(iterators: Iterable[Iterator[T]], width: int) -> Iterator[T]:
             active.extend(islice(waiting, 1))
 
 
-class OrderedDigest:
-    """The SHA-256 of `count` pieces, hashed in their order as they come from any thread in any order."""
+class InOrder(Generic[T]):
+    """Gives pieces that threads bring in any order to `take`, one at a time in the order of their numbers, from 0."""
 
-    def __init__(self, count: int) -> None:
-        self._count, self._next = count, 0
-        self._waiting: dict[int, bytes] = {}
-        self._digest = hashlib.sha256()
-        self._lock = threading.Lock()
+    def __init__(self, take: Callable[[T], object]) -> None:
+        self._take = take
+        self._next = 0
+        self._waiting: dict[int, T] = {}
+        self._busy = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
 
-    def add(self, number: int, piece: bytes) -> str | None:
-        """Take piece `number`, from 0; the digest in hexadecimal when it completes the pieces."""
-        with self._lock:
+    def add(self, number: int, piece: T) -> None:
+        """Bring a piece. Whoever brings the next one takes it, and those that have waited for it; nobody else waits."""
+        with self._changed:
             self._waiting[number] = piece
-            while self._next in self._waiting:
-                self._digest.update(self._waiting.pop(self._next))
+            if self._busy:
+                return
+            self._busy = True
+        while (found := self._pop()) is not None:
+            try:
+                self._take(found[0])
+            except BaseException as error:
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                raise
+            with self._changed:
                 self._next += 1
-            return self._digest.hexdigest() if self._next == self._count else None
+                self._changed.notify_all()
+
+    def _pop(self) -> tuple[T] | None:
+        with self._changed:
+            if self._next in self._waiting:
+                return (self._waiting.pop(self._next),)
+            self._busy = False
+            return None
+
+    def wait(self, number: int) -> None:
+        """Until piece `number`, and all before it, are taken; raises what taking one of them raised. All must have been
+        brought."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next > number or self._error is not None)
+            if self._error is not None:
+                raise self._error
 
 
 def call(task: Callable[[], R]) -> R:

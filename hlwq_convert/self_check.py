@@ -3,7 +3,7 @@ the bits that its error was measured on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -13,44 +13,40 @@ from numpy.typing import NDArray
 from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import BIT_PATTERNS, ITEM_BITS
 from hlwq_formats.errors import SelfCheckFailed
-from hlwq_formats.layout import BLOCK, count_blocks
+from hlwq_formats.layout import BLOCK, count_blocks, numel
 from hlwq_formats.reader import Reader
 
-from .decode import Piece, pieces
-from .parallel import call, ordered_map, take_turns
+from .decode import Piece, pieces, stored_bytes
+from .parallel import ordered_map
 from .quantize import combine
 
 
 def self_check(
     reader: Reader, checksums: dict[str, list[int]], pool: ThreadPoolExecutor, workers: int, step: Callable[[int], None]
 ) -> None:
-    """Verify a whole file; `checksums` are those of the chunks of its quantized tensors.
+    """Verify a whole file, each tensor in a thread; `checksums` are those of the chunks of its quantized tensors.
 
     Raises what Reader.verify raises, or SelfCheckFailed (70).
     """
     reader.verify_shared()
-    # several tensors at once: the digest of one takes a core all of the time
-    tasks = take_turns((_tasks(reader, tensor, checksums) for tensor in reader.metadata.tensors), max(1, workers // 2))
-    for done in ordered_map(pool, 2 * workers, call, tasks):
+    tensors = [tensor for tensor in reader.metadata.tensors if not isinstance(tensor, md.AliasTensor)]
+    tensors.sort(key=stored_bytes, reverse=True)  # the last to end is then a small one
+    # while one thread has the largest, the others are to find enough
+    for done in ordered_map(pool, 16 * workers, partial(_check, reader, checksums), tensors):
         step(done)
 
 
-def _tasks(reader: Reader, tensor: md.Tensor, checksums: dict[str, list[int]]) -> Iterator[Callable[[], int]]:
-    """Tasks that each look at some bytes of a tensor and return the number of source bytes that those stand for."""
-    match tensor:
-        case md.RawTensor():
-            yield partial(_check_raw, reader, tensor)
-        case md.ScalarTensor() | md.TrellisTensor():
-            for piece, expected in zip(pieces(reader, tensor, tensor.dtype), checksums[tensor.name], strict=True):
-                yield partial(_check_piece, reader.path, tensor, piece, expected)
+def _check(reader: Reader, checksums: dict[str, list[int]], tensor: md.StoredTensor) -> int:
+    """Verify a tensor, and return the bytes of its source."""
+    if isinstance(tensor, md.RawTensor):
+        reader.verify_tensor(tensor)
+    else:
+        for piece, expected in zip(pieces(reader, tensor, tensor.dtype), checksums[tensor.name], strict=True):
+            _check_piece(reader.path, tensor, piece, expected)
+    return numel(tensor.shape) * ITEM_BITS[tensor.dtype] // 8
 
 
-def _check_raw(reader: Reader, tensor: md.RawTensor) -> int:
-    reader.verify_tensor(tensor)
-    return tensor.sections[0].length
-
-
-def _check_piece(file: str, tensor: md.QuantizedTensor, piece: Piece, expected: int) -> int:
+def _check_piece(file: str, tensor: md.QuantizedTensor, piece: Piece, expected: int) -> None:
     from .kernels.checksum import checksums
 
     bits: NDArray[np.unsignedinteger] = np.empty(count_blocks(piece.count) * BLOCK, BIT_PATTERNS[tensor.dtype])
@@ -64,4 +60,3 @@ def _check_piece(file: str, tensor: md.QuantizedTensor, piece: Piece, expected: 
             file=file,
             tensor=tensor.name,
         )
-    return piece.count * ITEM_BITS[tensor.dtype] // 8

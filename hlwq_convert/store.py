@@ -1,12 +1,17 @@
-"""From surveyed tensors to the sections of one or several containers: chunks are read once, encoded in parallel for
-each container, in one stream over all tensors, and stored in file order: where the length of every tensor is known
-beforehand, by the threads that encode them."""
+"""From a model's tensors to the sections of one or several containers: looked at, read in pieces, each encoded once for
+each container, and stored.
+
+Where the length of every tensor is known beforehand, the threads that encode also write, to the place where it belongs,
+and hash; several tensors are then under way, so that none waits for the digest of another. Else one thread writes what
+the others encode, tensor by tensor.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby
@@ -17,11 +22,11 @@ from hlwq_formats.errors import BadSafetensors
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 from hlwq_formats.sections import compress_codes
 
-from .entries import CannotDecode, Content, NotSmaller, Opened, Output, is_known, open_tensor
-from .parallel import call, ordered_map
+from .entries import CannotDecode, Content, NotSmaller, Output, is_known, open_tensor
+from .parallel import InOrder, call, ordered_map, take_turns
 from .quantize import CHUNK, EncodedChunk, ScalarCode
 from .scalar import Effort
-from .survey import MakeEncoder, Surveyed, survey
+from .survey import MakeEncoder, Surveyed, digest_source, survey
 
 _RAW_PIECE = 4 << 20
 
@@ -36,28 +41,20 @@ class Run:
     effort: Effort
     nonfinite: str
     make_encoder: MakeEncoder
+    piece: int  # weights that are best encoded at once, a multiple of CHUNK
     step: Callable[[int], None]
     stop: threading.Event = field(default_factory=threading.Event)  # set when no more is wanted
 
 
 @dataclass(frozen=True, eq=False)
 class Taken:
-    """A tensor, the files that take it, and what each of them makes of it."""
+    """A tensor, the files that take it, what each of them makes of it, and the digest of its source, for which nothing
+    but its entry waits."""
 
     tensor: SourceTensor
     outputs: Sequence[Output]
     surveyed: list[Surveyed]
-    opened: list[Opened] = field(default_factory=list)  # in each file, where a piece is placed as it is made
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one task made of a run of bytes of one tensor, for each of the files: placed where that is opened."""
-
-    of: Taken
-    first: int  # flat index of its first weight
-    source_bytes: int
-    contents: list[Content]
+    digest: Future[str] | None  # None: it is raw everywhere
 
 
 def write_tensors(run: Run, tensors: Sequence[tuple[SourceTensor, Sequence[Output]]]) -> Iterator[Taken]:
@@ -66,31 +63,125 @@ def write_tensors(run: Run, tensors: Sequence[tuple[SourceTensor, Sequence[Outpu
     def look(item: tuple[SourceTensor, Sequence[Output]]) -> Taken:
         tensor, outputs = item
         choices = [output.choices[tensor.name] for output in outputs]
+        digest = None
+        if any(choice.encoding != "raw" for choice in choices):
+            digest = run.pool.submit(digest_source, run.model, tensor, run.stop)
         surveyed = survey(run.model, tensor, choices, run.effort, run.nonfinite, run.stop, run.make_encoder)
-        return Taken(tensor, outputs, surveyed)
+        return Taken(tensor, outputs, surveyed, digest)
 
-    in_place = all(is_known(o.choices[tensor.name], run.effort) for tensor, outputs in tensors for o in outputs)
     taken = ordered_map(run.pool, 2 * run.workers + 2, look, tensors)
-    pieces = ordered_map(run.pool, 2 * run.workers, call, _tasks(run, taken, in_place))
+    known = all(is_known(o.choices[tensor.name], run.effort) for tensor, outputs in tensors for o in outputs)
+    return (_store_in_place if known else _store_in_order)(run, taken)
+
+
+# --- by the threads that encode -----------------------------------------------------------------
+
+
+class _Begun:
+    """A tensor that is opened in each file, and what is still to come of it."""
+
+    def __init__(self, of: Taken, piece: int) -> None:
+        self.of = of
+        self.opened = [open_tensor(*each, None) for each in zip(of.outputs, of.surveyed, strict=True)]
+        self.places = list(_places(of, piece))
+        self.left = len(self.places)
+        self.in_order = InOrder(self._take)
+
+    def _take(self, contents: list[Content]) -> None:
+        for opened, content in zip(self.opened, contents, strict=True):
+            opened.take(content)
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left to wait for."""
+        return self.left == 0 and (self.of.digest is None or self.of.digest.done())
+
+
+def _store_in_place(run: Run, taken: Iterable[Taken]) -> Iterator[Taken]:
+    begun: deque[_Begun] = deque()
+
+    def begin() -> Iterator[Iterator[Callable[[], tuple[_Begun, int]]]]:
+        for of in taken:
+            one = _Begun(of, run.piece)
+            begun.append(one)
+            yield iter([partial(_place_piece, run.model, one, number) for number in range(len(one.places))])
+
+    # a digest keeps up with some four threads that encode
+    tasks = take_turns(begin(), max(1, run.workers // 4))
+    for one, number in ordered_map(run.pool, 2 * run.workers, call, tasks):
+        one.in_order.wait(number)
+        one.left -= 1
+        run.step(one.places[number][1] * len(one.opened))
+        while begun and begun[0].is_complete():
+            yield _finish(begun.popleft())
+    while begun:
+        yield _finish(begun.popleft())
+
+
+def _place_piece(model: ModelDir, one: _Begun, number: int) -> tuple[_Begun, int]:
+    piece = _read_piece(model, one.of, *one.places[number])
+    for opened, content in zip(one.opened, piece.contents, strict=True):
+        opened.place(piece.first, content)
+    one.in_order.add(number, piece.contents)
+    return one, number
+
+
+def _finish(one: _Begun) -> Taken:
+    source = _digest_of(one.of)
+    for output, opened in zip(one.of.outputs, one.opened, strict=True):
+        output.tensors.append(opened.finish(source))
+    return one.of
+
+
+# --- by the thread that asks for it -------------------------------------------------------------
+
+
+def _store_in_order(run: Run, taken: Iterable[Taken]) -> Iterator[Taken]:
+    tasks = (partial(_read_piece, run.model, of, *place) for of in taken for place in _places(of, CHUNK))
+    pieces = ordered_map(run.pool, 2 * run.workers, call, tasks)
     for of, group in groupby(pieces, key=lambda piece: piece.of):
         _write_tensor(run, of, group)
         yield of
 
 
-def _tasks(run: Run, taken: Iterable[Taken], in_place: bool) -> Iterator[Callable[[], Piece]]:
-    """Tasks that each encode a piece of a tensor, and place it with `in_place`."""
-    for of in taken:
-        if in_place:
-            opened = [open_tensor(*each, None) for each in zip(of.outputs, of.surveyed, strict=True)]
-            of = replace(of, opened=opened)
-        for place in _places(of):
-            yield partial(_read_piece, run.model, of, *place)
+def _write_tensor(run: Run, of: Taken, pieces: Iterator[Piece]) -> None:
+    """Store one tensor in each file as chosen, or raw where it cannot be quantized."""
+    positions = [output.writer.position for output in of.outputs]
+    first = next(pieces)
+    opened = [open_tensor(*each) for each in zip(of.outputs, of.surveyed, first.contents, strict=True)]
+    for piece in chain([first], pieces):
+        for each, content in zip(opened, piece.contents, strict=True):
+            each.place(piece.first, content)
+            each.take(content)
+        run.step(piece.source_bytes * len(opened))
+    for output, one, position, each in zip(of.outputs, of.surveyed, positions, opened, strict=True):
+        try:
+            output.tensors.append(each.finish(_digest_of(of)))
+        except (CannotDecode, NotSmaller) as error:
+            output.writer.rewind(position)
+            run.step(-of.tensor.length)
+            plain = replace(one, packed=True)
+            raw = Surveyed(of.tensor, f"quantized it would decode to {error}")
+            again = replace(of, outputs=[output], surveyed=[plain if isinstance(error, NotSmaller) else raw])
+            _write_tensor(run, again, (_read_piece(run.model, again, *place) for place in _places(again, CHUNK)))
 
 
-def _places(of: Taken) -> Iterator[tuple[int, int]]:
-    """(first byte, bytes) of each piece of a tensor, at least one."""
+# --- pieces -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one task made of a run of bytes of one tensor, for each of the files."""
+
+    of: Taken
+    first: int  # flat index of its first weight
+    source_bytes: int
+    contents: list[Content]
+
+
+def _places(of: Taken, piece: int) -> Iterator[tuple[int, int]]:
+    """(first byte, bytes) of each piece of a tensor, at least one: `piece` weights, but for what is raw."""
     raw = all(one.code is None for one in of.surveyed)
-    size = _RAW_PIECE if raw else CHUNK * ITEM_BITS[of.tensor.dtype] // 8
+    size = _RAW_PIECE if raw else piece * ITEM_BITS[of.tensor.dtype] // 8
     for start in range(0, max(of.tensor.length, 1), size):
         yield start, min(size, of.tensor.length - start)
 
@@ -100,10 +191,7 @@ def _read_piece(model: ModelDir, of: Taken, start: int, length: int) -> Piece:
     if of.tensor.dtype == "BOOL" and max(raw, default=0) > 1:
         raise BadSafetensors(f"a boolean is {max(raw)}, expected 0 or 1", file=of.tensor.file, tensor=of.tensor.name)
     first = start * 8 // ITEM_BITS[of.tensor.dtype]
-    contents = [_encode(one, raw, first) for one in of.surveyed]
-    for opened, content in zip(of.opened, contents, strict=False):
-        opened.place(first, content)
-    return Piece(of, first, length, contents)
+    return Piece(of, first, length, [_encode(one, raw, first) for one in of.surveyed])
 
 
 def _encode(of: Surveyed, raw: bytes, first: int) -> Content:
@@ -118,27 +206,5 @@ def _encode(of: Surveyed, raw: bytes, first: int) -> Content:
     return chunk
 
 
-def _write_tensor(run: Run, of: Taken, pieces: Iterable[Piece]) -> None:
-    """Store one tensor in each file as chosen, or raw where it cannot be quantized."""
-    pieces, positions = iter(pieces), [output.writer.position for output in of.outputs]
-    opened = of.opened
-    if not opened:
-        first = next(pieces)
-        pieces = chain([first], pieces)
-        opened = [open_tensor(*each) for each in zip(of.outputs, of.surveyed, first.contents, strict=True)]
-    for piece in pieces:
-        for each, content in zip(opened, piece.contents, strict=True):
-            if not of.opened:
-                each.place(piece.first, content)
-            each.take(content)
-        run.step(piece.source_bytes * len(opened))
-    for output, one, position, each in zip(of.outputs, of.surveyed, positions, opened, strict=True):
-        try:
-            output.tensors.append(each.finish())
-        except (CannotDecode, NotSmaller) as error:  # never where another tensor may be opened already
-            output.writer.rewind(position)
-            run.step(-of.tensor.length)
-            plain = replace(one, packed=True)
-            raw = Surveyed(of.tensor, f"quantized it would decode to {error}")
-            taken = Taken(of.tensor, [output], [plain if isinstance(error, NotSmaller) else raw])
-            _write_tensor(run, taken, (_read_piece(run.model, taken, *place) for place in _places(taken)))
+def _digest_of(of: Taken) -> str:
+    return "" if of.digest is None else of.digest.result()

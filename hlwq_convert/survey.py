@@ -1,7 +1,7 @@
-"""The first look at a tensor: its digest, its largest weight, and from those and a sample its code in each file.
+"""The first look at a tensor: its largest weight, and from that and a sample its code in each file.
 
-One task for each tensor, some tensors ahead of the encoder, so that digests and disk are off its path. The
-encoder reads the bytes again, then mostly from the page cache: keeping them would cost the memory of a tensor.
+One task for each tensor, some tensors ahead of the encoder, so that the disk is off its path. The encoder reads the
+bytes again, then mostly from the page cache: keeping them would cost the memory of a tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .rotate import sign_vector
 from .scalar import Effort
 from .trellis import STATES, EncodedIndices, TrellisCode, fit, is_storable, plain_code, row_of, row_scales
 
-_PIECE = 1 << 20  # bytes; what was read is hashed while it is in the core's cache
+_PIECE = 1 << 20  # bytes; what was read is looked at while it is in the core's cache
 
 _SAFE = {"F16": (2.0**-14, 2.0**11), "BF16": (2.0**-100, 2.0**123), "F32": (2.0**-100, 2.0**123)}
 """Between which values the largest weight of a tensor must lie so that scalar codes surely decode to something finite
@@ -49,7 +49,6 @@ class Surveyed:
 
     tensor: SourceTensor
     reason: str
-    sha256: str = ""
     code: ScalarCode | TrellisCode | None = None  # None: raw
     encode: Encode | None = None
     zeros: int = 0
@@ -79,11 +78,10 @@ def survey(
 
     row, variable = row_of(tensor.shape), any(choice.encoding == "trellis" for choice in choices)
     energies = RowEnergies(tensor.dtype, row, tensor.numel // row) if variable else None
-    digest, largest, zeros = hashlib.sha256(), 0.0, 0
-    for raw in model.read_pieces(tensor, _pieces(tensor)):
+    largest, zeros = 0.0, 0
+    for raw in model.read_pieces_into(tensor, _pieces(tensor), memoryview(bytearray(_PIECE))):
         if stop.is_set():
             raise Stopped
-        digest.update(raw)
         found, more_zeros = survey_weights(raw, tensor.dtype)
         if not np.isfinite(found):
             reason = _explain_nonfinite(model, tensor, nonfinite)
@@ -108,9 +106,19 @@ def survey(
                 return Surveyed(tensor, f"quantized it would decode to {what}")
         else:
             return Surveyed(tensor, choice.reason)
-        return Surveyed(tensor, choice.reason, digest.hexdigest(), code, make_encoder(code), zeros)
+        return Surveyed(tensor, choice.reason, code, make_encoder(code), zeros)
 
     return [find_code(choice) for choice in choices]
+
+
+def digest_source(model: ModelDir, tensor: SourceTensor, stop: threading.Event) -> str:
+    """SHA-256 of a tensor's bytes, in hexadecimal: a task of its own, as it takes longer than all else."""
+    digest = hashlib.sha256()
+    for raw in model.read_pieces_into(tensor, _pieces(tensor), memoryview(bytearray(_PIECE))):
+        if stop.is_set():
+            raise Stopped
+        digest.update(raw)
+    return digest.hexdigest()
 
 
 def _fit_scalar(tensor: SourceTensor, sample: Sample, exponent: int, bits: int, effort: Effort) -> ScalarCode:

@@ -30,8 +30,8 @@ _WIDTHS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 4096, 5120, 819
 
 
 def qwen_shapes(weights: int) -> Shapes:
-    """Names and shapes of a model of about so many weights: a fifth in the embedding, but no more than Qwen's vocabulary
-    takes, and the rest in the layers."""
+    """Names and shapes of a model of about so many weights: a fifth in the embedding, but no more than Qwen has there,
+    and the rest in the layers."""
     # A layer has 12 * hidden**2 weights; ten layers or more are to fit.
     hidden = max([_WIDTHS[0], *(width for width in _WIDTHS if 150 * width * width <= weights)])
     wide, half = 3 * hidden, hidden // 2

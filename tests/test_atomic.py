@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from hlwq_formats.atomic import AtomicFile, check_destination
-from hlwq_formats.errors import CannotCreate, HlwqError, IoFailure, Locked
+from hlwq_formats.errors import CannotCreate, HlwqError, Internal, IoFailure, Locked
 from hlwq_formats.file_ops import OPS
 
 
@@ -310,3 +312,29 @@ def test_what_appears_at_the_last_moment_is_left_alone(out: Path, monkeypatch: p
     assert out.read_bytes() == b"of another"
     file.abandon()
     assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_file_is_not_closed_while_another_thread_writes(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may belong to another file by then."""
+    file = start(out)
+    entered, leave, honest, events = threading.Event(), threading.Event(), OPS.write, []
+
+    def slow(fd: int, data: memoryview, offset: int) -> int:
+        entered.set()
+        assert leave.wait(10)
+        events.append("written")
+        return honest(fd, data, offset)
+
+    monkeypatch.setattr(OPS, "write", slow)
+    honest_close = OPS.close
+    monkeypatch.setattr(OPS, "close", lambda fd: events.append("closed") or honest_close(fd))
+    writer = threading.Thread(target=file.write, args=(0, b"new"))
+    writer.start()
+    assert entered.wait(10)
+    threading.Timer(0.05, leave.set).start()
+    file.abandon()
+    writer.join()
+    assert events == ["written", "closed"]
+    with pytest.raises(Internal, match="closed"), ThreadPoolExecutor(1) as pool:
+        pool.submit(file.write, 0, b"late").result()
+    assert list(out.parent.iterdir()) == []

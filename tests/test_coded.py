@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from hlwq_convert import entries, journal, store
 from hlwq_convert.against import compare
 from hlwq_convert.decode import code_chunks, decode_quantized, get_numpy
 from hlwq_convert.kernels import packing
-from hlwq_convert.parallel import OrderedDigest
 from hlwq_convert.source import open_source
 from hlwq_convert.verification import verify
 from hlwq_formats import bitpack
@@ -309,14 +307,6 @@ def test_a_size_is_hit_with_some_codes_compressed(source: Path, tmp_path: Path) 
     found = convert(source, tmp_path / "o.hlwq", size=800_000, sets=["a.weight=6"])
     assert 798_400 <= found.file_bytes <= 800_000
     assert [name for name, section in codes_of(tmp_path / "o.hlwq").items() if is_coded(section)] == ["a.weight"]
-
-
-def test_a_digest_of_pieces_in_any_order() -> None:
-    pieces = [b"one", b"", b"three", b"four"]
-    expected = hashlib.sha256(b"".join(pieces)).hexdigest()
-    for order in permutations(range(4)):
-        digest = OrderedDigest(4)
-        assert [digest.add(i, pieces[i]) for i in order] == [None, None, None, expected]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

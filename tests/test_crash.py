@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from crash_harness import MODES, Died, Fault, check, finish, injected, memory_folder, run
 
 import hlwq_convert as h
-from hlwq_convert import entries, journal, store
+from hlwq_convert import assembly, entries, journal, store
 from hlwq_formats.errors import HlwqError, IoFailure
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -239,18 +240,19 @@ def test_an_interrupt_keeps_what_a_checkpoint_had_secured(
     source: Path, new: bytes, out: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "CHECKPOINT_SECONDS", 0)
-    honest = store._write_tensor
+    honest = assembly.write_tensors
 
-    def interrupt_at_the_last(run: store.Run, of: store.Taken, pieces: object) -> None:
-        if of.tensor.name == "z.weight":
-            raise KeyboardInterrupt
-        honest(run, of, pieces)  # type: ignore[arg-type]
+    def interrupt_at_the_last(*arguments: Any) -> Iterator[store.Taken]:
+        for of in honest(*arguments):
+            if of.tensor.name == "z.weight":
+                raise KeyboardInterrupt
+            yield of
 
-    monkeypatch.setattr(store, "_write_tensor", interrupt_at_the_last)
+    monkeypatch.setattr(assembly, "write_tensors", interrupt_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         h.convert(source, out)
     assert sorted(path.name for path in out.parent.iterdir()) == ["o.hlwq.part", "o.hlwq.part.journal"]
-    monkeypatch.setattr(store, "_write_tensor", honest)
+    monkeypatch.setattr(assembly, "write_tensors", honest)
     encoded.clear()
     h.convert(source, out)
     assert encoded == ["z.weight"]

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from crash_harness import MODES, Died, Fault, injected, memory_folder
 
 import hlwq_convert as h
-from hlwq_convert import conversion, journal, publishing, store
+from hlwq_convert import assembly, conversion, journal, publishing, store
 from hlwq_convert.job import prepare_all
 from hlwq_convert.ladder import Rung, make_rungs, path_of
 from hlwq_formats.errors import CannotCreate, IoFailure, NonFinite, Usage
@@ -85,13 +85,14 @@ def reads(source: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, i
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """(tensor, files that take it) for each tensor that is stored, in order."""
     found: list[tuple[str, int]] = []
-    honest = store._write_tensor
+    honest = assembly.write_tensors
 
-    def write_tensor(run: store.Run, of: store.Taken, pieces: Any) -> None:
-        found.append((of.tensor.name, len(of.outputs)))
-        honest(run, of, pieces)
+    def write_tensors(*arguments: Any) -> Iterator[store.Taken]:
+        for of in honest(*arguments):
+            found.append((of.tensor.name, len(of.outputs)))
+            yield of
 
-    monkeypatch.setattr(store, "_write_tensor", write_tensor)
+    monkeypatch.setattr(assembly, "write_tensors", write_tensors)
     return found
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 
-from hlwq_convert.parallel import _cgroup_quota, default_workers, ordered_map
+from hlwq_convert.parallel import InOrder, _cgroup_quota, default_workers, ordered_map, take_turns
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -87,3 +89,62 @@ def test_an_error_comes_in_its_place_and_nothing_more_is_begun() -> None:
         assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
         with pytest.raises(ValueError, match="five"):
             next(results)
+
+
+def test_iterators_take_turns() -> None:
+    begun = []
+
+    def iterators() -> Iterator[Iterator[str]]:
+        for name, length in ("a", 3), ("b", 1), ("c", 0), ("d", 2):
+            begun.append(name)
+            yield iter([f"{name}{i}" for i in range(length)])
+
+    items = take_turns(iterators(), 2)
+    assert (next(items), begun) == ("a0", ["a", "b"])
+    assert list(items) == ["b0", "a1", "a2", "d0", "d1"]
+    assert "".join(take_turns(map(iter, ["abc", "", "de"]), 1)) == "abcde"
+
+
+def test_pieces_are_taken_in_order() -> None:
+    for order in permutations(range(4)):
+        taken: list[str] = []
+        in_order = InOrder(taken.append)
+        for i in order:
+            in_order.add(i, "abcd"[i])
+            assert "".join(taken) == "abcd"[: next((n for n in range(4) if n not in order[: order.index(i) + 1]), 4)]
+        in_order.wait(3)
+
+
+def test_who_brings_a_piece_does_not_wait_for_others() -> None:
+    """While one thread takes a piece, another brings the next one and goes on; the first takes that, too."""
+    entered, leave, taken = threading.Event(), threading.Event(), []
+
+    def take(piece: str) -> None:
+        if piece == "a":
+            entered.set()
+            assert leave.wait(10)
+        taken.append((piece, threading.get_ident()))
+
+    in_order = InOrder(take)
+    first = threading.Thread(target=in_order.add, args=(0, "a"))
+    first.start()
+    assert entered.wait(10)
+    in_order.add(1, "b")
+    assert taken == []
+    leave.set()
+    in_order.wait(1)
+    first.join()
+    assert taken == [("a", first.ident), ("b", first.ident)]
+
+
+def test_what_fails_is_raised_for_who_waits() -> None:
+    def take(piece: str) -> None:
+        raise ValueError(piece)
+
+    in_order = InOrder(take)
+    in_order.add(1, "b")
+    with pytest.raises(ValueError, match="a"):
+        in_order.add(0, "a")
+    for number in (0, 1):
+        with pytest.raises(ValueError, match="a"):
+            in_order.wait(number)

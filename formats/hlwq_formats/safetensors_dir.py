@@ -186,6 +186,15 @@ class ModelDir:
             for start, length in places:
                 yield shard.read(tensor.offset + start, length)
 
+    def read_pieces_into(
+        self, tensor: SourceTensor, places: Iterable[tuple[int, int]], buffer: memoryview
+    ) -> Iterator[memoryview]:
+        """`read_pieces`, each into the beginning of `buffer`, in place of the one before."""
+        with self._reopen(tensor.file) as shard:
+            for start, length in places:
+                shard.read_into(tensor.offset + start, buffer[:length])
+                yield buffer[:length]
+
     def file_pieces(self, file: str, size: int) -> Iterator[bytes]:
         """The bytes of a whole shard, `size` at a time."""
         with self._reopen(file) as shard:

@@ -67,15 +67,17 @@ class RowEnergies:
         self._kind, self._dtype, self._row = KINDS[dtype], dtype, row
         self._sums, self._start = np.zeros(8), 0
 
-    def add(self, raw: bytes) -> None:
+    def add(self, raw: bytes | memoryview) -> None:
         """The next piece."""
         count = len(raw) * 8 // ITEM_BITS[self._dtype]
-        items = items_of(raw + bytes(-len(raw) % (BLOCK * ITEM_BITS[self._dtype] // 8)), self._dtype)
+        if lacking := -len(raw) % (BLOCK * ITEM_BITS[self._dtype] // 8):
+            raw = bytes(raw) + bytes(lacking)
+        items = items_of(raw, self._dtype)
         _add_energies(items, count, self._kind, self._row, self._start, self._sums, self.energies)
         self._start += count
 
 
-def survey_weights(raw: bytes, dtype: str) -> tuple[float, int]:
+def survey_weights(raw: bytes | memoryview, dtype: str) -> tuple[float, int]:
     """The largest magnitude among weights of `dtype`, infinity or NaN when one of them is not finite, and the
     number of zeros of either sign."""
     items = items_of(raw, dtype)  # without their signs, bit patterns are in the order of the values

@@ -20,7 +20,17 @@ from hlwq_formats.file_set import open_set
 from hlwq_formats.layout import numel
 from hlwq_formats.reader import Reader
 
-from ..decode import CodeChunk, Piece, code_chunks, decode_tasks, pieces, read_raw, scalar_code, trellis_code
+from ..decode import (
+    CodeChunk,
+    Piece,
+    code_chunks,
+    decode_tasks,
+    pieces,
+    read_raw,
+    scalar_code,
+    stored_bytes,
+    trellis_code,
+)
 from ..parallel import call, default_workers, ordered_map
 from .dequantize import TorchCode
 from .gpu import TRELLIS_RUN, ScalarDecoder, TrellisDecoder, can_run_kernels
@@ -52,6 +62,8 @@ if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
 TAGS = {TORCH[tag]: tag for tag in WEIGHT_DTYPES}
 """The torch dtypes that the decoder rounds to by itself."""
 
+
+_Wanted = tuple[md.StoredTensor, torch.dtype | None]
 
 _GPU_CHUNK = 16 << 20
 """Weights that go to a GPU at once: enough to fill one."""
@@ -120,9 +132,10 @@ def iter_reader(
     shared: dict[tuple[str, torch.dtype | None], torch.Tensor] = {}
     with ThreadPoolExecutor(workers, "hlwq") as pool:
         device = torch.device(device)
-        # on a CPU what is ahead holds what was read for it, on a GPU no more than its result
-        ahead = len(wanted) if keep and device.type == "cuda" else 2 * workers
-        loaded = _load(reader, wanted, pool, ahead, device)
+        if keep and device.type == "cuda":
+            loaded = _load_largest_first(reader, wanted, pool, device)
+        else:
+            loaded = _load(reader, wanted, pool, 2 * workers, device)
         for name, (tensor, dtype) in zip(names, parts, strict=True):
             key = tensor.name, dtype
             users[key] -= 1
@@ -147,7 +160,7 @@ def get_torch(reader: Reader, name: str, device: str | torch.device = "cpu") -> 
 
 def _load(
     reader: Reader,
-    tensors: Sequence[tuple[md.StoredTensor, torch.dtype | None]],
+    tensors: Sequence[_Wanted],
     pool: ThreadPoolExecutor,
     ahead: int,
     device: torch.device,
@@ -159,6 +172,17 @@ def _load(
             yield loaded.tensor.to(loaded.dtype)
 
 
+def _load_largest_first(
+    reader: Reader, tensors: Sequence[_Wanted], pool: ThreadPoolExecutor, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """The same when all are there: on a GPU what is ahead holds no more than its result. One thread has a tensor, so
+    the last to end is to be a small one."""
+    order = sorted(range(len(tensors)), key=lambda i: -stored_bytes(tensors[i][0]))
+    loaded = _load(reader, [tensors[i] for i in order], pool, len(tensors), device)
+    ready = dict(zip(order, loaded, strict=True))
+    return (ready.pop(i) for i in range(len(tensors)))
+
+
 @dataclass(frozen=True)
 class _Loaded:
     """A tensor that is complete when all earlier tasks are done, and the dtype that was asked for."""
@@ -167,9 +191,7 @@ class _Loaded:
     dtype: torch.dtype
 
 
-def _tasks(
-    reader: Reader, tensors: Sequence[tuple[md.StoredTensor, torch.dtype | None]], device: torch.device
-) -> Iterator[Callable[[], _Loaded | None]]:
+def _tasks(reader: Reader, tensors: Sequence[_Wanted], device: torch.device) -> Iterator[Callable[[], _Loaded | None]]:
     """Tasks that fill each tensor, then one that returns it: made only when its digests have matched."""
     kernels = device.type == "cpu" or (device.type == "cuda" and can_run_kernels())
     for tensor, dtype in tensors:
