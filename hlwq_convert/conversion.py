@@ -34,7 +34,6 @@ TOLERANCE = 0.002
 """How much smaller than asked for a file of variable rate may be; it is never larger."""
 
 _EXACT_TRIES, _TRIES = 3, 8
-_GPU_PIECE = 4 * CHUNK  # weights at once: launching a kernel from Python takes as long as encoding one of these
 _GRAIN = 512  # bytes; sections begin at multiples of 64, and the metadata has more digits or fewer
 
 
@@ -131,7 +130,7 @@ def run(
         (check_destination if jobs[0].split_size is None else check_place)(out, overwrite=overwrite)
         remove_leftovers(out)
     workers = workers or default_workers()
-    piece = CHUNK if device == "cpu" else _GPU_PIECE
+    piece = _choose_piece(device, workers)
     settings = Settings(workers, overwrite, resume, nonfinite, make_encoder, piece)
     compile_kernels(jobs, progress)
     with ThreadPoolExecutor(workers, "hlwq") as pool, Writers() as writers:
@@ -245,6 +244,12 @@ def _on_cpu(code: ScalarCode | TrellisCode) -> Encode:
         return trellis_encoder(code)
     encode = encoder(code)
     return lambda raw, start: encode(raw)
+
+
+def _choose_piece(device: str, workers: int) -> int:
+    """Weights to encode at once. What Python does for a piece is done by one thread at a time, for all of them: it is
+    to be short beside the encoding, which many threads, and GPUs, make short."""
+    return CHUNK * (8 if device != "cpu" else 4 if workers >= 8 else 1)
 
 
 def _ignore(stage: str, done: int, total: int) -> None:

@@ -82,20 +82,20 @@ class Piece:
     decode: Callable[[NDArray[np.unsignedinteger]], None]
 
 
-def pieces(reader: Reader, tensor: md.QuantizedTensor, dtype: str) -> Iterator[Piece]:
-    """All weights of a tensor, in order, to be rounded to `dtype`."""
+def pieces(reader: Reader, tensor: md.QuantizedTensor, dtype: str, most: int = CHUNK) -> Iterator[Piece]:
+    """All weights of a tensor, in order, to be rounded to `dtype`: CHUNK in a piece, or up to `most`, a multiple."""
     if isinstance(tensor, md.TrellisTensor):
         return _trellis_pieces(reader, tensor, dtype)
     if tensor.sections[0].zstd_codes is not UNSET:
         return _coded_pieces(reader, tensor, dtype)
-    return _scalar_pieces(reader, tensor, dtype)
+    return _scalar_pieces(reader, tensor, dtype, most)
 
 
-def _scalar_pieces(reader: Reader, tensor: md.ScalarTensor, dtype: str) -> Iterator[Piece]:
+def _scalar_pieces(reader: Reader, tensor: md.ScalarTensor, dtype: str, most: int) -> Iterator[Piece]:
     from .kernels.decode import decoder  # numba takes half a second to import
 
     decode = decoder(scalar_code(reader, tensor), dtype)
-    for chunk in code_chunks(reader, tensor):
+    for chunk in code_chunks(reader, tensor, most):
         yield Piece(chunk.start, chunk.count, partial(decode, chunk.packed, chunk.scales))
 
 

@@ -22,7 +22,7 @@ from .inspection import TensorReport
 from .journal import Journal
 from .metrics import ErrorSums
 from .plan import Choice
-from .quantize import CHUNK, EncodedChunk, ScalarCode, all_finite, combine
+from .quantize import EncodedChunk, ScalarCode, all_finite, combine
 from .scalar import Effort
 from .survey import Surveyed
 from .trellis import EncodedIndices, TrellisCode
@@ -116,8 +116,7 @@ def _measure(output: Output, of: Surveyed, opened: Opened) -> Opened:
         assert not isinstance(chunk, bytes)
         opened.take(chunk)
         sums.add(chunk.sums)
-        n_blocks = CHUNK // BLOCK
-        checksums.extend(combine(chunk.checksums[i : i + n_blocks]) for i in range(0, len(chunk.checksums), n_blocks))
+        checksums.extend(combine(chunk.checksums))
         finite &= all_finite(chunk.sums)
         if isinstance(chunk, EncodedIndices):
             counts = add_counts(counts, chunk.counts)

@@ -115,9 +115,10 @@ def block_checksums(decoded: NDArray[np.generic]) -> NDArray[np.uint32]:
     return checksums
 
 
-def combine(checksums: NDArray[np.uint32]) -> int:
-    """One checksum for a run of blocks."""
-    return zlib.crc32(checksums.astype("<u4", copy=False).data)
+def combine(checksums: NDArray[np.uint32]) -> list[int]:
+    """One checksum for each CHUNK of weights, the last maybe less, from those of their blocks."""
+    chunks = np.split(checksums.astype("<u4", copy=False), range(CHUNK // BLOCK, len(checksums), CHUNK // BLOCK))
+    return [zlib.crc32(chunk.data) for chunk in chunks]
 
 
 def power_of_two(exponent: int) -> np.float32:

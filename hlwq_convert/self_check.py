@@ -18,7 +18,9 @@ from hlwq_formats.reader import Reader
 
 from .decode import Piece, pieces, stored_bytes
 from .parallel import ordered_map
-from .quantize import combine
+from .quantize import CHUNK, combine
+
+_PIECE = 4 * CHUNK  # weights that are decoded at once
 
 
 def self_check(
@@ -41,22 +43,22 @@ def _check(reader: Reader, checksums: dict[str, list[int]], tensor: md.StoredTen
     if isinstance(tensor, md.RawTensor):
         reader.verify_tensor(tensor)
     else:
-        for piece, expected in zip(pieces(reader, tensor, tensor.dtype), checksums[tensor.name], strict=True):
-            _check_piece(reader.path, tensor, piece, expected)
+        for piece in pieces(reader, tensor, tensor.dtype, _PIECE):
+            _check_piece(reader.path, tensor, piece, checksums[tensor.name])
     return numel(tensor.shape) * ITEM_BITS[tensor.dtype] // 8
 
 
-def _check_piece(file: str, tensor: md.QuantizedTensor, piece: Piece, expected: int) -> None:
+def _check_piece(file: str, tensor: md.QuantizedTensor, piece: Piece, expected: list[int]) -> None:
     from .kernels.checksum import checksums
 
     bits: NDArray[np.unsignedinteger] = np.empty(count_blocks(piece.count) * BLOCK, BIT_PATTERNS[tensor.dtype])
     bits[piece.count :] = 0
     piece.decode(bits[: piece.count])
-    found = combine(checksums(bits))
-    if found != expected:
-        raise SelfCheckFailed(
-            f"weights from {piece.start} decode to checksum {found:08x}, encoded were {expected:08x}; "
-            "nothing was published",
-            file=file,
-            tensor=tensor.name,
-        )
+    for number, found in enumerate(combine(checksums(bits)), piece.start // CHUNK):
+        if found != expected[number]:
+            raise SelfCheckFailed(
+                f"weights from {number * CHUNK} decode to checksum {found:08x}, encoded were {expected[number]:08x}; "
+                "nothing was published",
+                file=file,
+                tensor=tensor.name,
+            )

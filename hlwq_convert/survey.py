@@ -28,7 +28,7 @@ from .rotate import sign_vector
 from .scalar import Effort
 from .trellis import STATES, EncodedIndices, TrellisCode, fit, is_storable, plain_code, row_of, row_scales
 
-_PIECE = 1 << 20  # bytes; what was read is looked at while it is in the core's cache
+_PIECE = 4 << 20  # bytes; less would be looked at in the core's cache, but many threads would wait for each other
 
 _SAFE = {"F16": (2.0**-14, 2.0**11), "BF16": (2.0**-100, 2.0**123), "F32": (2.0**-100, 2.0**123)}
 """Between which values the largest weight of a tensor must lie so that scalar codes surely decode to something finite

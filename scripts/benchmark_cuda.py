@@ -24,6 +24,7 @@ from benchmark_report import number, table
 from benchmark_timing import Copies, Row, measure_kernel
 
 import hlwq_convert as h
+from hlwq_convert.cli.memory import keep_freed_memory
 from hlwq_convert.normal_levels import normal_levels
 from hlwq_convert.parallel import default_workers
 from hlwq_convert.quantize import ScalarCode, choose_exponent
@@ -117,7 +118,8 @@ def model_rows(model_dir: Path, work: Path) -> list[Row]:
     out = work / "model.hlwq"
     rows: list[Row] = []
     for device in ("cuda", "cpu"):
-        convert = timed(lambda device=device: h.convert(model_dir, out, device=device, overwrite=True))
+        out.unlink(missing_ok=True)
+        convert = timed(lambda device=device: h.convert(model_dir, out, device=device))
         size = out.stat().st_size
         read, write = timed(lambda: read_all(model_dir)), timed(lambda size=size: write_bytes(work / "copy", size))
         rows.append(
@@ -146,6 +148,7 @@ def main() -> None:
     """Measure, print, and write the JSON file that was asked for."""
     options = read_options()
     find_devices("cuda")
+    keep_freed_memory()  # as hlwq-convert does
     about = {"gpu": torch.cuda.get_device_name(0), "cpus": default_workers(), "torch": torch.__version__}
     about |= {"triton": triton.__version__, "weights": options.weights, "model_weights": options.model_weights}
     print(", ".join(f"{name} {value}" for name, value in about.items()))

@@ -32,6 +32,8 @@ class PipelinedDigest:
     def hexdigest(self) -> str:
         """The digest of all pieces."""
         self._wait()
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
         return self._digest.hexdigest()
 
     def _wait(self) -> None:
