@@ -107,14 +107,12 @@ def assemble(
     digest = functools.cache(partial(digest_of, source.model))
     outputs: list[Output] = []
     try:
+        reserves = [_reserve(planning) for planning in plannings]
         for planning in plannings:
-            reserve = _reserve(planning)
-            writer = writers.enter(
-                Writer(planning.path, overwrite=settings.overwrite, reserve=reserve, resume=settings.resume)
-            )
+            writer = writers.enter(Writer(planning.path, overwrite=settings.overwrite, resume=settings.resume))
             outputs.append(_begin(planning, writer, stored, settings.nonfinite))
         signs = [_resume(run, output, stored, digest, ahead) for output in outputs]
-        _store(run, outputs, stored)
+        _store(run, outputs, reserves, stored)
         assets: list[list[md.Asset]] = [[] for _ in outputs]
         for name, _ in source.assets:
             content = source.read_asset(name)
@@ -167,12 +165,16 @@ def _resume(run: Run, output: Output, stored: list[SourceTensor], digest: Digest
     return signs
 
 
-def _store(run: Run, outputs: list[Output], stored: list[SourceTensor]) -> None:
-    """Store in each file what it does not have yet; now and then a checkpoint."""
+def _store(run: Run, outputs: list[Output], reserves: list[int], stored: list[SourceTensor]) -> None:
+    """Store in each file, which will take what is to be reserved, what it does not have yet; now and then a
+    checkpoint."""
     had = [len(output.tensors) for output in outputs]
     takers = ([output for output, n in zip(outputs, had, strict=True) if n <= i] for i in range(len(stored)))
     rest = [(tensor, taken_by) for tensor, taken_by in zip(stored, takers, strict=True) if taken_by]
-    for of in write_tensors(run, rest):
+    storing = write_tensors(run, rest)
+    for output, size in zip(outputs, reserves, strict=True):  # takes a while, in which the first tensors are looked at
+        output.writer.reserve(size)
+    for of in storing:
         for output in of.outputs:
             checksums = output.checksums.get(of.tensor.name, [])
             done = Done(output.tensors[-1], output.report[-1] if checksums else None, checksums)

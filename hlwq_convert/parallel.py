@@ -56,18 +56,36 @@ def _quota_v1(folder: Path) -> float | None:
 
 
 def ordered_map(pool: ThreadPoolExecutor, ahead: int, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Like map, with at most `ahead` items begun and not yet taken."""
-    waiting: deque[Future[R]] = deque()
-    try:
-        for item in items:
+    """Like map, with at most `ahead` items begun and not yet taken. Nothing is begun before a result is asked for."""
+    yield from begin_map(pool, ahead, work, items)
+
+
+def begin_map(pool: ThreadPoolExecutor, ahead: int, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """The same, with the first items begun at once."""
+    rest, waiting = iter(items), deque[Future[R]]()
+
+    def begin(count: int) -> None:
+        for item in islice(rest, count):
             waiting.append(pool.submit(work, item))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
+
+    def cancel() -> None:
         for future in waiting:
             future.cancel()
+
+    def results() -> Iterator[R]:
+        try:
+            while waiting:
+                yield waiting.popleft().result()
+                begin(1)
+        finally:
+            cancel()
+
+    try:
+        begin(ahead)
+    except BaseException:
+        cancel()
+        raise
+    return results()
 
 
 def take_turns(iterators: Iterable[Iterator[T]], width: int) -> Iterator[T]:

@@ -117,8 +117,15 @@ def block_checksums(decoded: NDArray[np.generic]) -> NDArray[np.uint32]:
 
 def combine(checksums: NDArray[np.uint32]) -> list[int]:
     """One checksum for each CHUNK of weights, the last maybe less, from those of their blocks."""
-    chunks = np.split(checksums.astype("<u4", copy=False), range(CHUNK // BLOCK, len(checksums), CHUNK // BLOCK))
-    return [zlib.crc32(chunk.data) for chunk in chunks]
+    data, size = checksums.astype("<u4", copy=False).data.cast("B"), 4 * CHUNK // BLOCK
+    return [_crc(data[start : start + size]) for start in range(0, max(len(data), 1), size)]
+
+
+def _crc(data: memoryview) -> int:
+    crc = 0
+    for start in range(0, len(data), 4096):  # for more, zlib lets go of the interpreter, and waits to get it back
+        crc = zlib.crc32(data[start : start + 4096], crc)
+    return crc
 
 
 def power_of_two(exponent: int) -> np.float32:

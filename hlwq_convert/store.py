@@ -23,7 +23,7 @@ from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 from hlwq_formats.sections import compress_codes
 
 from .entries import CannotDecode, Content, NotSmaller, Output, is_known, open_tensor
-from .parallel import InOrder, call, ordered_map, take_turns
+from .parallel import InOrder, begin_map, call, ordered_map, take_turns
 from .quantize import CHUNK, EncodedChunk, ScalarCode
 from .scalar import Effort
 from .survey import MakeEncoder, Surveyed, digest_source, survey
@@ -58,7 +58,8 @@ class Taken:
 
 
 def write_tensors(run: Run, tensors: Sequence[tuple[SourceTensor, Sequence[Output]]]) -> Iterator[Taken]:
-    """Store tensors in the given order, each in the files given with it, and yield those that are stored."""
+    """Store tensors in the given order, each in the files given with it, and yield those that are stored. The first
+    are looked at before one is asked for."""
 
     def look(item: tuple[SourceTensor, Sequence[Output]]) -> Taken:
         tensor, outputs = item
@@ -69,7 +70,7 @@ def write_tensors(run: Run, tensors: Sequence[tuple[SourceTensor, Sequence[Outpu
         surveyed = survey(run.model, tensor, choices, run.effort, run.nonfinite, run.stop, run.make_encoder)
         return Taken(tensor, outputs, surveyed, digest)
 
-    taken = ordered_map(run.pool, 2 * run.workers + 2, look, tensors)
+    taken = begin_map(run.pool, 2 * run.workers + 2, look, tensors)
     known = all(is_known(o.choices[tensor.name], run.effort) for tensor, outputs in tensors for o in outputs)
     return (_store_in_place if known else _store_in_order)(run, taken)
 

@@ -419,7 +419,8 @@ def test_an_impossible_place_cannot_be_created(tmp_path: Path, name: str) -> Non
 
 
 def test_leaving_without_finish_leaves_nothing(out: Path) -> None:
-    with Writer(out, reserve=10_000) as writer:
+    with Writer(out) as writer:
+        writer.reserve(10_000)
         write_sections(writer)
         assert only(out.parent, f"{out.name}.part")
     assert only(out.parent)
@@ -435,7 +436,8 @@ def test_an_interrupt_leaves_nothing(out: Path) -> None:
 
 
 def test_reserved_space_that_is_not_used_is_cut_off(out: Path, content: bytes) -> None:
-    with Writer(out, reserve=100_000) as writer:
+    with Writer(out) as writer:
+        writer.reserve(100_000)
         writer.finish(write_sections(writer))
     assert out.read_bytes() == content
 
@@ -544,8 +546,8 @@ def test_a_full_disk_is_an_io_failure_with_figures(out: Path, monkeypatch: pytes
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, call, full, raising=False)
-    with pytest.raises(errors.IoFailure, match=r"needs \d+ bytes, \d+ more are free") as caught:
-        Writer(out, reserve=4321).__enter__()
+    with pytest.raises(errors.IoFailure, match=r"needs \d+ bytes, \d+ more are free") as caught, Writer(out) as writer:
+        writer.reserve(4321)
     assert caught.value.exit_status == 74
     assert ("4321" in str(caught.value)) == (call == "posix_fallocate")
     assert only(out.parent)

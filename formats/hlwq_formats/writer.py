@@ -90,12 +90,9 @@ class Writer:
     its sections are good.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, overwrite: bool = False, reserve: int = 0, resume: bool = False
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> None:
         self._file = AtomicFile(path, overwrite=overwrite)
         self._overwrite = overwrite
-        self._reserve = reserve
         self._resume = resume
         self.part, self.journal = self._file.part, self._file.journal
         self.position = HEADER_LEN
@@ -103,7 +100,6 @@ class Writer:
         self._gates: dict[int, Gate] = {}
 
     def _begin(self) -> None:
-        self._file.reserve(self._reserve)
         self._file.write(0, bytes(HEADER_LEN))
 
     @property
@@ -127,6 +123,10 @@ class Writer:
         for start in range(0, section.length, _PIECE):
             digest.update(self._file.read(offset + start, min(_PIECE, section.length - start)))
         return digest.hexdigest() == section.sha256
+
+    def reserve(self, size: int) -> None:
+        """Ask for a disk that holds `size` bytes now, so that a full one shows at the start."""
+        self._file.reserve(size)
 
     def flush(self) -> None:
         """Force what was written to disk."""

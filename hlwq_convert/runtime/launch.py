@@ -141,11 +141,12 @@ class DeviceEncoder(DeviceCode):
 
     def split_result(
         self, n_blocks: int, result: torch.Tensor
-    ) -> tuple[bytes, bytes, NDArray[np.float32], NDArray[np.uint32]]:
-        """Copies of what EncodedChunk holds, from a result of `encode` in host memory."""
-        packed, sums, checksums, scales = (part.numpy() for part in self._parts(n_blocks, result))
-        columns = sums.view(np.float32).reshape(4, n_blocks).copy()
-        return packed.tobytes(), scales.tobytes(), columns, checksums.view(np.uint32).copy()
+    ) -> tuple[memoryview, memoryview, NDArray[np.float32], NDArray[np.uint32]]:
+        """What EncodedChunk holds, of a copy of a result of `encode` in host memory."""
+        # by NumPy, which lets other threads go on meanwhile
+        copied = torch.from_numpy(result.numpy().copy())
+        packed, sums, checksums, scales = (part.numpy() for part in self._parts(n_blocks, copied))
+        return packed.data, scales.data, sums.view(np.float32).reshape(4, n_blocks), checksums.view(np.uint32)
 
     def _parts(self, n_blocks: int, result: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.split(result, [n_blocks * 16 * self.bits, n_blocks * 16, n_blocks * 4, n_blocks * 2])
