@@ -11,6 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -66,21 +67,15 @@ def write_model(folder: Path, shapes: Shapes, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     pool = _make_pool(rng, min(_POOL, max(1 << 16, sum(map(math.prod, shapes.values())))))
     shards = _split(shapes)
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weight_map.update(dict.fromkeys(names, file))
-        header, end = {}, 0
-        for name in names:
-            size = 2 * math.prod(shapes[name])
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + size]}
-            end += size
-        document = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-        with (folder / file).open("wb") as out:
-            out.write(struct.pack("<Q", len(document)) + document)
-            for name in names:
-                for band in _bands(rng, pool, shapes[name]):
-                    out.write(narrow(band.reshape(-1), "BF16").data)
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+
+    def write(number: int) -> None:
+        own = np.random.default_rng((seed, number))
+        _write_shard(folder / files[number], {name: shapes[name] for name in shards[number]}, own, pool)
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(write, range(len(shards))))
     total = 2 * sum(map(math.prod, shapes.values()))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -88,6 +83,20 @@ def write_model(folder: Path, shapes: Shapes, seed: int = 0) -> Path:
     config = {"model_type": "qwen2", "vocab_size": vocabulary, "hidden_size": hidden, "tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def _write_shard(path: Path, shapes: Shapes, rng: np.random.Generator, pool: Floats) -> None:
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    document = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", len(document)) + document)
+        for shape in shapes.values():
+            for band in _bands(rng, pool, shape):
+                out.write(narrow(band.reshape(-1), "BF16").data)
 
 
 def _split(shapes: Shapes) -> list[list[str]]:
