@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
-from benchmark_gpu_parts import layer_rows, trellis_rows
+from benchmark_gpu_parts import layer_rows, trellis_layer_rows, trellis_rows
 from benchmark_model import MIN_WEIGHTS, qwen_shapes, write_model
 from benchmark_report import number, table
 from benchmark_timing import Copies, Row, measure_kernel
@@ -159,6 +159,9 @@ def main() -> None:
     torch.cuda.empty_cache()
     document["layers"] = layer_rows()
     show("A layer of packed weights, 5 bits, against torch's in bfloat16", document["layers"])
+    torch.cuda.empty_cache()
+    document["trellis layers"] = trellis_layer_rows()
+    show("A layer of a packed trellis, 4.25 bits, against torch's in bfloat16", document["trellis layers"])
     torch.cuda.empty_cache()
     if options.model_dir or options.model_weights:
         with tempfile.TemporaryDirectory(prefix="hlwq-bench-", dir=options.work) as folder:

@@ -23,6 +23,7 @@ from hlwq_formats.dtypes import narrow
 
 _STEP = 0.113
 """Of weights N(0, 1): about 4.25 bits each."""
+_SOME = 1 << 22
 
 SHAPES = ((4096, 4096), (12288, 4096), (4096, 12288), (151936, 4096))
 """Rows and columns of layers as Qwen3-8B has them: q or o, gate or up, down, the head."""
@@ -30,26 +31,32 @@ SHAPES = ((4096, 4096), (12288, 4096), (4096, 12288), (151936, 4096))
 _COLD = 250_000_000
 """Bytes of matrices that take turns, so that none is in the cache of the GPU when it is used again."""
 
+Layer = Callable[..., torch.Tensor]
 
-def trellis_rows(weights: int) -> list[Row]:
-    """Decoding of some million weights, over and over until there are `weights`, and searching."""
+
+def some_chunks() -> tuple[trellis.TrellisCode, list[bytes]]:
+    """The code of some million weights in rows of 4,096, and its chunks."""
     rng = np.random.default_rng(0)
-    some = (rng.standard_normal(1 << 22) * 0.02).astype(np.float32)
+    some = (rng.standard_normal(_SOME) * 0.02).astype(np.float32)
     exponent = choose_exponent(float(np.abs(some).max()))
     scales = trellis.row_scales(trellis.row_energies(some, 4096), 4096, exponent)
     plain = trellis.plain_code("BF16", 4096, 8, exponent, _STEP, scales, sign_vector())
     steps = trellis.to_steps(some[: 1 << 18] * power_of_two(-exponent), 0, plain)
     code = trellis.fit(plain, steps, trellis.find_indices(steps, 8))
     raw, encode = narrow(some, "BF16").tobytes(), encoder(code)
-    chunks = [c for at in range(0, len(some), CHUNK) for c in encode(raw[2 * at : 2 * (at + CHUNK)], at).chunks]
+    return code, [c for at in range(0, _SOME, CHUNK) for c in encode(raw[2 * at : 2 * (at + CHUNK)], at).chunks]
 
-    times = max(1, weights // len(some))
+
+def trellis_rows(weights: int) -> list[Row]:
+    """Decoding of some million weights, over and over until there are `weights`, and searching."""
+    code, chunks = some_chunks()
+    times = max(1, weights // _SOME)
     device = torch.device("cuda", 0)
-    decoder = DeviceTrellis(replace(code, row_scales=np.tile(code.row_scales, times)), device)
+    decoder = DeviceTrellis.of(replace(code, row_scales=np.tile(code.row_scales, times)), device)
     words = torch.frombuffer(bytearray(b"".join(chunks)), dtype=torch.int16).to(device).repeat(times)
     ends = np.cumsum(np.tile([len(chunk) // 2 for chunk in chunks], times))
     places = torch.from_numpy(np.append(0, ends)).to(device)
-    result = torch.empty(times * len(some), dtype=torch.bfloat16, device=device)
+    result = torch.empty(times * _SOME, dtype=torch.bfloat16, device=device)
     last = torch.empty(128, dtype=torch.bfloat16, device=device)
     moved = words.nbytes + result.nbytes
     copies = Copies(moved)
@@ -98,13 +105,40 @@ def layer_rows(bits: int = 5) -> list[Row]:
     return rows
 
 
+def trellis_layer_rows() -> list[Row]:
+    """The same for layers of a trellis: decoded whole, then multiplied by torch."""
+    code, chunks = some_chunks()
+    rows = []
+    for height, width in SHAPES:
+        rows += _trellis_layer_rows(height, width, code, chunks)
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _trellis_layer_rows(height: int, width: int, code: trellis.TrellisCode, chunks: list[bytes]) -> list[Row]:
+    n_chunks = height * width // rans.CHUNK
+    mine = [chunks[number % len(chunks)] for number in range(n_chunks)]
+    data, ends = b"".join(mine), np.cumsum([0, *map(len, mine)])
+    arrays = np.frombuffer(data + bytes(-len(data) % 4), np.uint8), ends, np.resize(code.row_scales, height)
+    tables = code.pairs.view(np.int16), code.signs.astype(np.int8)
+    stored = [torch.from_numpy(array.copy()).to("cuda") for array in (*arrays, *tables)]
+    settings = [width, code.states, code.step, code.step_exponent]
+
+    def packed(i: int, x: torch.Tensor) -> torch.Tensor:
+        weights, _ = packed_gpu.decode_trellis(*stored, settings, height * width, 0, n_chunks, x.dtype)
+        return torch.nn.functional.linear(x, weights.view(height, width))
+
+    by_torch = _dense_layer(height, width, max(2, -(-_COLD // (2 * height * width))))
+    return [_compare(height, width, n, packed, by_torch) for n in (1, 512)]
+
+
 def _layer_rows(height: int, width: int, bits: int) -> list[Row]:
     levels = torch.from_numpy(normal_levels(bits)).view(torch.int32).to("cuda")
     signs, n_blocks = sign_words(sign_vector()), height * width // 128
     sets = max(2, -(-_COLD // (n_blocks * 16 * bits)))
     codes = [torch.randint(256, (n_blocks, 16 * bits), dtype=torch.uint8, device="cuda") for _ in range(sets)]
     scales = [(torch.rand(n_blocks, device="cuda") * 0.01).half().view(torch.int16) for _ in range(sets)]
-    dense = [torch.randn((height, width), device="cuda", dtype=torch.bfloat16) for _ in range(min(sets, 8))]
+    by_torch = _dense_layer(height, width, min(sets, 8))
 
     def fused(i: int, x: torch.Tensor) -> torch.Tensor:
         rotated = packed_gpu.rotate(x, signs)
@@ -114,18 +148,19 @@ def _layer_rows(height: int, width: int, bits: int) -> list[Row]:
         weights = packed_gpu.decode(codes[i % sets], scales[i % sets], levels, signs, 0, x.dtype)
         return torch.nn.functional.linear(x, weights.view(height, width))
 
-    def by_torch(i: int, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, dense[i % len(dense)])
+    return [_compare(height, width, n, fused if n <= 16 else decoded, by_torch) for n in (1, 2, 4, 8, 16, 512)]
 
-    rows: list[Row] = []
-    for n in (1, 2, 4, 8, 16, 512):
-        x = torch.randn((n, width), device="cuda", dtype=torch.bfloat16)
-        ours = seconds_in_a_graph(partial(fused if n <= 16 else decoded, x=x), 16)
-        theirs = seconds_in_a_graph(partial(by_torch, x=x), 16)
-        rows.append(
-            {
-                "rows": height, "columns": width, "activations": n, "packed us": ours * 1e6, "bf16 us": theirs * 1e6,
-                "times as fast": theirs / ours,
-            }
-        )  # fmt: skip
-    return rows
+
+def _dense_layer(height: int, width: int, sets: int) -> Layer:
+    dense = [torch.randn((height, width), device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
+    return lambda i, x: torch.nn.functional.linear(x, dense[i % sets])
+
+
+def _compare(height: int, width: int, n: int, packed: Layer, by_torch: Layer) -> Row:
+    """A row of the table for `n` activations: layers take the number of a call and the activations."""
+    x = torch.randn((n, width), device="cuda", dtype=torch.bfloat16)
+    ours, theirs = (seconds_in_a_graph(partial(layer, x=x), 16) for layer in (packed, by_torch))
+    return {
+        "rows": height, "columns": width, "activations": n, "packed us": ours * 1e6, "bf16 us": theirs * 1e6,
+        "times as fast": theirs / ours,
+    }  # fmt: skip

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from models import small_model, write_model
 
 import hlwq_convert as h
+from hlwq_formats import metadata as md
 from hlwq_formats.dtypes import narrow
 from hlwq_formats.errors import BadDigest, HlwqError, NoDevice, Usage
+from hlwq_formats.reader import Reader
 
 torch = pytest.importorskip("torch")
 
@@ -106,13 +110,115 @@ def test_a_packed_layer_compiles_and_stays_close_to_the_dense_one(n: int) -> Non
     matrix.codes.random_(256)
     matrix.scales.copy_((torch.rand(768, device="cuda") * 0.01).half().view(torch.int16))
     layer = torch.nn.Linear(256, 384, dtype=torch.bfloat16, device="cuda")
-    pack(layer, matrix, Rotation())
+    pack(layer, "weight", [[matrix]], Rotation())
     x = torch.randn((n, 1, 256), dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
         products = [layer(x), torch.compile(layer, fullgraph=True)(x)]
         expected = torch.nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float())
     for found in products:
         assert found.shape == (n, 1, 384) and (found - expected).norm() / expected.norm() < 4e-3
+
+
+def trellis_file(folder: Path, name: str, dtype: torch.dtype) -> Path:
+    """A small model of transformers at 4.25 bits, its matrices large enough to be those of a trellis."""
+    transformers = pytest.importorskip("transformers")
+    from test_load_model import ARCHITECTURES, MODELS
+
+    config, sizes = MODELS[name]
+    larger = {"vocab_size": 1200, "hidden_size": 256, "intermediate_size": 704, "head_dim": 64}
+    torch.manual_seed(0)
+    model = getattr(transformers, ARCHITECTURES[name])(config(**sizes | larger)).to(dtype)
+    model.save_pretrained(folder / "source")
+    h.convert(folder / "source", folder / "m.hlwq", bpw=4.25)
+    return folder / "m.hlwq"
+
+
+@torch.no_grad()
+def outputs(model: Any) -> torch.Tensor:
+    logits: torch.Tensor = model(torch.arange(3, 43, device=model.device).reshape(2, 20))[0]
+    return logits
+
+
+@gpu
+def test_a_model_of_a_trellis_stays_packed_on_a_gpu(tmp_path: Path) -> None:
+    """The logits and the tokens of dense weights, bit for bit: equal weights in equal products. It may be moved."""
+    from hlwq_convert.runtime.packed_trellis import PackedTrellis
+
+    path = trellis_file(tmp_path, "llama, tied", torch.bfloat16)
+    dense, _ = h.load_model(path, device="cuda")
+    expected = outputs(dense)
+    packed, _ = h.load_model(path, device="cuda", weights="packed")
+    matrices = [module for module in packed.modules() if isinstance(module, PackedTrellis)]
+    assert len(matrices) == 2 * 7 + 1 and all(matrix.on_gpu and matrix._is_checked for matrix in matrices)
+    assert torch.equal(outputs(packed), expected)
+    state = h.load_state_dict(path)
+    for name, module in packed.named_modules():
+        if name.endswith("_proj"):
+            assert torch.equal(module.weight.cpu(), state[f"{name}.weight"])
+    prompt = torch.arange(5, 17, device="cuda")[None]
+    made = [m.generate(prompt, max_new_tokens=20, do_sample=False) for m in (dense, packed)]
+    assert made[0].shape == (1, 32) and torch.equal(*made)
+    on_cpu = outputs(packed.to("cpu"))
+    assert torch.equal(on_cpu, outputs(h.load_model(path, weights="packed")[0]))
+    assert torch.equal(outputs(copy.deepcopy(packed).to("cuda")), expected)
+    half = packed.half().to("cuda")
+    assert outputs(half).dtype is torch.float16
+    assert torch.equal(half.lm_head.weight, h.load_state_dict(path, "cuda", torch.float16)["model.embed_tokens.weight"])
+
+
+@gpu
+def test_experts_of_a_trellis_stay_packed_on_a_gpu(tmp_path: Path) -> None:
+    path = trellis_file(tmp_path, "mixtral", torch.float32)
+    dense, packed = (outputs(h.load_model(path, "cuda", weights=weights)[0]) for weights in ("dense", "packed"))
+    # equal weights in float32; transformers adds dense experts in another order
+    assert (packed - dense).norm() / dense.norm() < 1e-5
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_layer_of_a_trellis_compiles_and_is_caught_in_a_graph(tmp_path: Path) -> None:
+    path = trellis_file(tmp_path, "llama", torch.bfloat16)
+    layer = h.load_model(path, "cuda", weights="packed")[0].model.layers[1].mlp.down_proj
+    weight = h.load_state_dict(path, "cuda")["model.layers.1.mlp.down_proj.weight"]
+    x = torch.randn((5, 704), dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        expected = torch.nn.functional.linear(x, weight)
+        assert torch.equal(layer(x), expected)
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), expected)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            layer(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph, held = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+        with torch.cuda.graph(graph):
+            found = layer(held)
+        held.copy_(x)
+        graph.replay()
+    assert torch.equal(found, expected)
+
+
+@gpu
+def test_packed_trellises_are_refused_on_a_gpu_as_on_the_cpu() -> None:
+    """Files that are good and files that are not: with the same error, before a weight is used."""
+    from hlwq_convert.runtime.packed import read_packed
+
+    vectors, refused = Path(__file__).parents[1] / "spec" / "vectors", 0
+    for path in sorted([*vectors.glob("bad/trellis-*.hlwq"), *vectors.glob("good/*.hlwq")]):
+        found = []
+        for device in ("cpu", "cuda"):
+            try:
+                with Reader(path) as reader:
+                    tensors = [t for t in reader.metadata.tensors if isinstance(t, md.TrellisTensor)]
+                    made = [read_packed(reader, t, torch.float32, torch.device(device)) for t in tensors]
+                found.append(
+                    [matrix.rows(0, matrix.shape[0], torch.float32).cpu().numpy().tobytes() for matrix in made]
+                )
+            except HlwqError as error:
+                found.append([str(error).encode()])
+                refused += 1
+        assert found[0] == found[1], path.name
+    assert refused > 40
 
 
 @gpu

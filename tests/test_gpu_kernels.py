@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from hlwq_convert import trellis  # noqa: E402
 from hlwq_convert.kernels import triton_block  # noqa: E402
 from hlwq_convert.kernels.decode import decoder  # noqa: E402
 from hlwq_convert.kernels.encode import encoder  # noqa: E402
+from hlwq_convert.kernels.rans import KernelTables  # noqa: E402
 from hlwq_convert.kernels.trellis import decoder as trellis_decoder  # noqa: E402
 from hlwq_convert.kernels.trellis import encoder as trellis_encoder  # noqa: E402
 from hlwq_convert.kernels.trellis import load_steps  # noqa: E402
@@ -31,12 +35,16 @@ from hlwq_convert.runtime.launch_trellis import (  # noqa: E402
     DeviceSearch,
     DeviceTrellis,
     search,
+    spread_frequencies,
     trellis_in_place,
 )
+from hlwq_convert.runtime.modules import Rotation, pack  # noqa: E402
 from hlwq_convert.runtime.packed import decode_blocks  # noqa: E402
+from hlwq_convert.runtime.packed_trellis import PackedTrellis  # noqa: E402
 from hlwq_convert.scalar import nearest_level  # noqa: E402
 from hlwq_formats import rans  # noqa: E402
 from hlwq_formats.dtypes import BIT_PATTERNS, ITEM_BITS, WEIGHT_DTYPES, narrow  # noqa: E402
+from hlwq_formats.errors import BadFrames  # noqa: E402
 from hlwq_formats.metadata import States  # noqa: E402
 
 # the interpreter computes a value that is too large for float16 as NumPy does, with a warning
@@ -180,7 +188,7 @@ def decoded_on_device(
     result = torch.full((count + 8,), 7, dtype=TORCH[dtype], device=DEVICE)
     last = torch.empty(128, dtype=TORCH[dtype], device=DEVICE)
     places = torch.from_numpy(ends).to(DEVICE)
-    good = DeviceTrellis(code, DEVICE).decode(words, places, 0, result[:count], last)
+    good = DeviceTrellis.of(code, DEVICE).decode(words, places, 0, result[:count], last)
     assert (result[count // 128 * 128 :] == 7).all()
     result[count - count % 128 : count] = last[: count % 128]
     return good.tolist(), result[:count].view(torch.uint8).cpu().numpy().view(BIT_PATTERNS[dtype])
@@ -232,6 +240,20 @@ def _check_bad_chunks(code: trellis.TrellisCode, chunks: list[bytes], count: int
         good, found = decoded_on_device(code, [some.tobytes(), *chunks[1:]], count, dtype)
         assert good == [int(accepted)] + [1] * (len(chunks) - 1)
         assert not accepted or found[: rans.CHUNK].tobytes() == here.tobytes()
+
+
+@pytest.mark.parametrize("n", [2, 3, 40, 257, 258, 5000])
+def test_tables_are_spread_as_on_the_cpu(n: int) -> None:
+    pairs = np.random.default_rng(n).integers(1, max(2, 8000 // n), n).astype(np.uint16)
+    pairs[-2:] = 1
+    width, spans, symbols, escapes = KernelTables(pairs).decoding
+    spread, listed, found = spread_frequencies(torch.from_numpy(pairs.view(np.int16)).to(DEVICE))
+    assert found == tuple(escapes)
+    assert spread.dtype is (torch.uint8 if width <= 256 else torch.int16)
+    assert spread.cpu().numpy().astype(np.uint16).tolist() == symbols[: 2 << rans.PRECISION].tolist()
+    for parity, escape in enumerate(escapes):
+        place = slice(parity * width, parity * width + int(escape) + 1)
+        assert listed.cpu().numpy().view(np.uint32)[place].tolist() == spans[place].tolist()
 
 
 @pytest.mark.parametrize("states", rans.TRELLISES)
@@ -299,3 +321,53 @@ def test_a_packed_matrix_multiplies_as_its_weights_do(n: int, rows: int, columns
         assert error < least / 4, error
         decoded = packed_gpu.decode(*packed, sign_words(sign_vector()), -2, torch.float32)
         assert torch.equal(decoded.cpu(), weights)
+
+
+@pytest.fixture
+def on_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what a packed trellis does on a GPU be done by the interpreter: its operator takes tensors of a GPU alone."""
+    if ON_GPU:
+        return
+
+    def decode_chunks(self: PackedTrellis, *which: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        stored = self.symbols, self.offsets, self.scales, self.pairs, self.signs
+        return packed_gpu.decode_trellis(*stored, self.settings, self.shape[0] * self.shape[1], *which)
+
+    monkeypatch.setattr(PackedTrellis, "on_gpu", True)
+    monkeypatch.setattr(PackedTrellis, "_decode_chunks", decode_chunks)
+
+
+@pytest.mark.usefixtures("on_either")
+@pytest.mark.parametrize("shape", [(4, 25), *[(700, 1000), (1025, 512), (30, 9000)] * ON_GPU])
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES if ON_GPU else ["BF16"])
+def test_a_packed_trellis_has_the_bits_of_the_loader(shape: tuple[int, int], dtype: str) -> None:
+    """Some rows or all, an embedding and a layer; and a chunk that no encoder writes is found when it comes."""
+    (rows, columns), wanted = shape, TORCH[dtype]
+    values = (np.random.default_rng(rows).standard_t(3, rows * columns) * 0.02).astype(np.float32)
+    code = code_for(values, "BF16", columns, 8, 0.5)
+    chunks = encoded(code, values)
+    stored = SimpleNamespace(
+        name="w", row=columns, states=8, step=code.step, exponent=code.step_exponent,
+        sections=[SimpleNamespace(chunks=[len(chunk) for chunk in chunks])],
+    )  # fmt: skip
+    here = PackedTrellis(shape, stored, code, wanted, "o.hlwq")  # type: ignore[arg-type]
+    here.symbols[: sum(map(len, chunks))] = torch.frombuffer(bytearray(b"".join(chunks)), dtype=torch.uint8)
+    bits = np.empty(values.size, BIT_PATTERNS[dtype])
+    for number, chunk in enumerate(chunks):
+        assert trellis_decoder(code, dtype)(chunk, number * rans.CHUNK, bits[number * rans.CHUNK :][: rans.CHUNK])
+    weights = on_device(bits.tobytes(), wanted).view(shape)
+
+    matrix = copy.deepcopy(here).to(DEVICE)
+    for start, stop in [(rows // 3, rows // 2), (rows - 1, rows), (0, 0)]:
+        assert torch.equal(matrix.rows(start, stop, wanted), weights[start:stop])
+    index = torch.tensor([0, rows - 1, 1, 1], device=DEVICE)
+    assert torch.equal(matrix.take(index), weights[index])
+    layer = torch.nn.Linear(columns, rows, dtype=wanted, device=DEVICE)
+    bias = layer.bias.detach()
+    pack(layer, "weight", [[matrix]], Rotation())
+    x = torch.randn((3, columns), device=DEVICE).to(wanted)
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, weights, bias))
+    here.symbols[len(chunks[0]) // 2] ^= 1
+    with pytest.raises(BadFrames, match=r'o\.hlwq: tensor "w": symbols: chunk 0 of the symbols is none that an enc'):
+        here.to(DEVICE)

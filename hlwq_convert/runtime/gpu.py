@@ -228,7 +228,7 @@ class TrellisDecoder(_TensorDecoder):
     def __init__(self, code: TrellisCode, result: torch.Tensor, allocated: torch.cuda.Event) -> None:
         from .launch_trellis import DeviceTrellis
 
-        self._code = DeviceTrellis(code, result.device)
+        self._code = DeviceTrellis.of(code, result.device)
         self._good: list[torch.Tensor] = []
         super().__init__(result, allocated)
 

@@ -12,12 +12,11 @@ from hlwq_formats import rans
 from hlwq_formats.layout import BLOCK, count_blocks
 from hlwq_formats.rans import SEGMENT
 
-from ..kernels.rans import KernelTables
 from ..kernels.triton_block import KINDS
 from ..kernels.triton_rans import SCRATCH, decode_chunks
 from ..kernels.triton_viterbi import LANES, find_steps, walk_back, walk_forward
 from ..quantize import power_of_two
-from ..trellis import TrellisCode, inverse_scales, scale_values
+from ..trellis import TrellisCode, inverse_scales
 from .launch import OWN, launching, zeros_with
 
 DECODING: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
@@ -29,18 +28,23 @@ SEARCHING: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
 
 
 class DeviceTrellis:
-    """What the chunks of one tensor share, on a device."""
+    """What the chunks of one tensor share, on a device. Its tables are made there, of what a file stores."""
 
-    def __init__(self, code: TrellisCode, device: torch.device) -> None:
-        self._width, spans, symbols, escapes = KernelTables(code.pairs).decoding
-        self._escapes = [int(escape) for escape in escapes]
-        self._taps = rans.taps(code.states)
-        self._row = code.row
-        self._signs = {dtype: zeros_with(code.signs, dtype, device) for dtype in OWN}
-        narrow = symbols.astype(np.uint8) if self._width <= 256 else symbols.view(np.int16)
-        self._symbols = torch.from_numpy(narrow).to(device)
-        self._spans = torch.from_numpy(spans.view(np.int32)).to(device)
-        self._factors = torch.from_numpy(code.unit * scale_values(code.row_scales)).to(device)
+    def __init__(
+        self, row: int, states: int, unit: float, scales: torch.Tensor, pairs: torch.Tensor, signs: torch.Tensor
+    ) -> None:
+        """`row`, `states` and `unit` as in TrellisCode; on the device (n_rows,) uint8 scales, (n,) int16 frequencies
+        and (128,) int8 signs."""
+        self._row, self._taps, self._signs = row, rans.taps(states), signs
+        self._symbols, self._spans, self._escapes = spread_frequencies(pairs)
+        self._factors = (scales.to(torch.int16) << 7).view(torch.float16).float() * unit
+
+    @classmethod
+    def of(cls, code: TrellisCode, device: torch.device) -> DeviceTrellis:
+        """That of a code in host memory."""
+        arrays = code.row_scales, code.pairs.view(np.int16), code.signs.astype(np.int8)
+        stored = [torch.from_numpy(array.copy()).to(device) for array in arrays]
+        return cls(code.row, code.states, float(code.unit), *stored)
 
     def decode(
         self, words: torch.Tensor, places: torch.Tensor, first_chunk: int, result: torch.Tensor, last: torch.Tensor
@@ -56,14 +60,36 @@ class DeviceTrellis:
         scratch = torch.empty(n_chunks * SCRATCH, dtype=torch.float32, device=words.device)
         good = torch.empty(n_chunks, dtype=torch.int32, device=words.device)
         even_rows = self._row % BLOCK == 0
+        zeros = (self._signs.to(result.dtype) * 0).view(torch.int32)
         with launching(decode_chunks, tag, self._symbols.dtype, even_rows, self._row):
             decode_chunks[n_chunks,](
-                words, places, first_chunk, self._symbols, self._spans, self._width, *self._escapes, *self._taps,
-                self._factors, len(self._factors), self._row, self._signs[tag], scratch,
+                words, places, first_chunk, self._symbols, self._spans, len(self._spans) // 2, *self._escapes,
+                *self._taps, self._factors, len(self._factors), self._row, zeros, scratch,
                 result[: n_whole * BLOCK].view(torch.int32), last.view(torch.int32), count_blocks(len(result)), n_whole,
                 good, kind=KINDS[tag], even_rows=even_rows, **DECODING,
             )  # fmt: skip
         return good
+
+
+def spread_frequencies(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """The tables of kernels.triton_rans from (n,) int16 frequencies of |m| = 0, 1, ..., on their device: (2 << 14,)
+    `symbols`, (2 * width,) `spans` and the escapes, as rans.make_tables has them."""
+    n, device, slots = len(pairs), pairs.device, 1 << rans.PRECISION
+    escapes = 2 * ((n + 1) // 2) - 1, 2 * (n // 2)
+    width = max(escapes) + 1
+    parity = torch.arange(2, device=device)[:, None]
+    symbol = torch.arange(width, device=device)
+    escape = escapes[0] + (escapes[1] - escapes[0]) * parity
+    magnitude = (symbol + 1 - parity) // 2 * 2 + parity
+    listed = pairs[magnitude.clamp(max=n - 1)].long() & 0xFFFF
+    listed = torch.where(symbol < escape, listed, 0)
+    ends = listed.cumsum(1)
+    starts = ends - listed
+    spans = torch.where(symbol == escape, slots - starts, listed) | starts << 16
+    slot = torch.arange(2 * slots, device=device).view(2, slots) & (slots - 1)
+    symbols = torch.searchsorted(ends, slot, right=True).minimum(escape)
+    narrow = torch.uint8 if width <= 256 else torch.int16
+    return symbols.to(narrow).view(-1), spans.to(torch.int32).view(-1), escapes
 
 
 @cache

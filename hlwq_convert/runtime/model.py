@@ -25,7 +25,7 @@ from .load import TORCH, check_dtype, iter_reader
 from .memory import check_memory
 from .modules import HlwqExperts, Rotation, can_pack, pack
 from .packed import Packed, packed_bytes, read_packed
-from .packed_trellis import not_here
+from .packed_trellis import can_decode_on, not_here
 from .tokenizer import read_tokenizer
 
 Weights = Literal["dense", "packed", "int4"]
@@ -70,9 +70,9 @@ def load_model(
         )
         int4 = int4_config(device, model.dtype) if weights == "int4" else None
         packed = _packable(reader, model, plan) if weights == "packed" else {}
-        if device.type != "cpu" and any(isinstance(tensor, md.TrellisTensor) for tensor in _tensors(packed)):
+        if not can_decode_on(device) and any(isinstance(tensor, md.TrellisTensor) for tensor in _tensors(packed)):
             raise not_here(device, reader.path)
-        check_memory(_needed_bytes(reader, model, plan, packed, int4), device, reader.path, weights)
+        check_memory(_needed_bytes(reader, model, plan, packed, int4, device), device, reader.path, weights)
         _pack(reader, model, packed, device)
         _fill(reader, model, plan, packed, int4, device, workers)
         _finish(reader, model, plan, packed, device)
@@ -141,7 +141,9 @@ def _tensors(packed: dict[str, Parts]) -> list[md.StoredTensor]:
     return list({tensor.name: tensor for parts in packed.values() for part in parts for tensor in part}.values())
 
 
-def _needed_bytes(reader: Reader, model: PreTrainedModel, plan: KeyPlan, packed: dict[str, Parts], int4: Any) -> int:
+def _needed_bytes(
+    reader: Reader, model: PreTrainedModel, plan: KeyPlan, packed: dict[str, Parts], int4: Any, device: torch.device
+) -> int:
     """The model, and what is in memory beside it while the largest weight is made."""
     dtypes = _dtypes(model)
     needed = sum(packed_bytes(tensor) or 0 for tensor in _tensors(packed))
@@ -149,8 +151,11 @@ def _needed_bytes(reader: Reader, model: PreTrainedModel, plan: KeyPlan, packed:
         if key not in plan.tied and key not in packed:
             is_int4 = int4 is not None and _becomes_int4(model, plan, key)
             needed += int4_bytes(value.numel()) if is_int4 else value.numel() * dtypes[key].itemsize
-    dense = (group for group in plan.groups if group.target not in packed)
-    return needed + max((_group_bytes(reader, group, dtypes[group.target]) for group in dense), default=0)
+    beside = [_group_bytes(reader, group, dtypes[group.target]) for group in plan.groups if group.target not in packed]
+    if device.type == "cuda":  # where those of a trellis are decoded whole, to be checked and in each step
+        trellises = (tensor for tensor in _tensors(packed) if isinstance(tensor, md.TrellisTensor))
+        beside += [numel(tensor.shape) * model.dtype.itemsize for tensor in trellises]
+    return needed + max(beside, default=0)
 
 
 def _group_bytes(reader: Reader, group: Group, dtype: torch.dtype) -> int:
@@ -184,7 +189,8 @@ def _fill(
     group_of = {name: group for group in plan.groups for name in group.sources if group.target not in packed}
     names = [name for name in reader.tensors if name in group_of]
     waiting: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in iter_reader(reader, names, device, lambda name: dtypes[group_of[name].target], workers):
+    keep = int4 is None  # of those that become int4 the dense ones must not all be there at once
+    for name, value in iter_reader(reader, names, device, lambda name: dtypes[group_of[name].target], workers, keep):
         group = group_of[name]
         arrived = waiting.setdefault(group.target, {})
         arrived[name] = value

@@ -207,7 +207,7 @@ def read_packed(reader: Reader, tensor: md.Tensor, dtype: torch.dtype, device: t
     """A tensor of which `packed_bytes` is not None, verified; a stack of matrices as one with all their rows."""
     shape = numel(tensor.shape[:-1]), tensor.shape[-1]
     if isinstance(tensor, md.TrellisTensor):
-        return read_trellis(reader, tensor, shape, dtype)
+        return read_trellis(reader, tensor, shape, dtype).to(device)
     assert isinstance(tensor, md.ScalarTensor)
     matrix = PackedMatrix(shape, scalar_code(reader, tensor), dtype, device)
     for chunk in code_chunks(reader, tensor):

@@ -1,16 +1,19 @@
 """A matrix of a trellis that stays in memory as its file stores it: range-coded chunks, row scales and frequencies.
 
-A chunk of 2**18 weights can only be decoded whole. One operator, which torch.compile takes as it is, decodes each
-chunk that is needed once, by the kernels of the loader and so with its bits. It runs on the CPU alone.
+A chunk of 2**18 weights can only be decoded whole. Operators that torch.compile takes as they are decode, by the
+kernels of the loader and so with its bits: on the CPU each chunk that is needed once, on an NVIDIA GPU, where many
+chunks take hardly longer than one, all of them (packed_gpu).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from math import lcm
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from hlwq_formats import metadata as md
@@ -22,11 +25,12 @@ from hlwq_formats.reader import Reader
 
 from ..decode import trellis_code
 from ..trellis import TrellisCode
+from .gpu import can_run_kernels
 from .load import TAGS
 from .threads import run_all
 
 _MOST = 1 << 22
-"""Weights that are decoded at once, at most."""
+"""Weights that the CPU decodes at once, at most."""
 
 
 class PackedTrellis(nn.Module):
@@ -35,7 +39,7 @@ class PackedTrellis(nn.Module):
     All buffers are integers, bit patterns where floats are meant: model.to(dtype) must not round them.
     """
 
-    symbols: torch.Tensor  # (bytes,) uint8: the chunks, one after the other
+    symbols: torch.Tensor  # (bytes,) uint8: the chunks, one after the other, and zeros up to a multiple of four
     offsets: torch.Tensor  # (n_chunks + 1,) int64: where each begins, and the end
     scales: torch.Tensor  # (n_scales,) uint8: upper bytes of float16
     pairs: torch.Tensor  # (n,) int16: frequencies
@@ -51,27 +55,45 @@ class PackedTrellis(nn.Module):
         self.origin = where, tensor.name
         lengths = tensor.sections[-1].chunks
         assert isinstance(lengths, list)
-        self.register_buffer("symbols", torch.empty(sum(lengths), dtype=torch.uint8))
+        self.register_buffer("symbols", torch.zeros(_padded(sum(lengths)), dtype=torch.uint8))
         self.register_buffer("offsets", torch.from_numpy(np.cumsum([0, *lengths])))
         self.register_buffer("scales", torch.from_numpy(code.row_scales.copy()))
         self.register_buffer("pairs", torch.from_numpy(code.pairs.view(np.int16).copy()))
         self.register_buffer("signs", torch.from_numpy(code.signs.astype(np.int8)))
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+        self._has_kernels, self._is_checked = can_run_kernels(), False
+        if self._has_kernels:
+            from . import packed_gpu  # noqa: F401  # defines the operator; not before there is a GPU: it imports Triton
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the kernels of packed_gpu do the work."""
+        return self._has_kernels and self.symbols.is_cuda
 
     @property
     def step(self) -> int:
-        """How many rows to ask for at once: whole chunks where that is not too much."""
+        """How many rows to ask for at once: on a GPU all, elsewhere whole chunks where that is not too much."""
+        if self.on_gpu:
+            return self.shape[0]
         columns = self.shape[1]
         whole = lcm(columns, CHUNK)
         return max(1, (_MOST // whole * whole or _MOST) // columns)
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """(stop - start, columns): the same bits as the loader gives, rounded once to `dtype`."""
-        first = torch.tensor([start * self.shape[1]])
-        return self._decode(first, (stop - start) * self.shape[1], dtype).reshape(stop - start, self.shape[1])
+        first, length = start * self.shape[1], (stop - start) * self.shape[1]
+        if self.on_gpu:
+            chunk = first // CHUNK
+            skip = first - chunk * CHUNK
+            weights = self._decode_chunks(chunk, -(-(first + length) // CHUNK), dtype)[0][skip : skip + length]
+        else:
+            weights = self._decode(torch.tensor([first]), length, dtype)
+        return weights.reshape(stop - start, self.shape[1])
 
     def take(self, index: torch.Tensor) -> torch.Tensor:
         """(n, columns) rows of (n,) indices, in the dtype of the model."""
+        if self.on_gpu:  # which alone knows what chunks they lie in
+            return F.embedding(index, self.rows(0, self.shape[0], self.like.dtype))
         return self._decode(index * self.shape[1], self.shape[1], self.like.dtype)
 
     def _decode(self, starts: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
@@ -83,14 +105,41 @@ class PackedTrellis(nn.Module):
         )  # fmt: skip
         return weights
 
+    def _decode_chunks(self, first: int, last: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        decoded: tuple[torch.Tensor, torch.Tensor] = torch.ops.hlwq.decode_chunks(
+            self.symbols, self.offsets, self.scales, self.pairs, self.signs, self.settings,
+            self.shape[0] * self.shape[1], first, last, dtype,
+        )  # fmt: skip
+        return decoded
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedTrellis:
+        """What .to() and its like call: a GPU looks at what the chunks hold when they come, not in each step."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.on_gpu and not self._is_checked:
+            bad = (self._decode_chunks(0, len(self.offsets) - 1, self.like.dtype)[1] == 0).nonzero()
+            if len(bad):
+                raise _bad_chunk(int(bad[0]), *self.origin)
+            self._is_checked = True
+        return self
+
+
+def can_decode_on(device: torch.device) -> bool:
+    """Whether chunks can be decoded on a device step by step."""
+    return device.type == "cpu" or (device.type == "cuda" and can_run_kernels())
+
 
 def not_here(device: torch.device, file: str) -> NotAvailable:
-    """The error for a device on which chunks cannot be decoded step by step."""
+    """The error for a device on which they can not."""
     return NotAvailable(
-        f"the codes of a trellis can stay packed on the CPU only, not on {device.type}",
+        f"the codes of a trellis can stay packed on the CPU and on NVIDIA GPUs with Triton, not on {device.type}",
         file=file,
         hint='use weights="dense" there, or a file of fixed-rate codes (--bits)',
     )
+
+
+def _bad_chunk(number: int, file: str, name: str) -> BadFrames:
+    problem = f"chunk {number} of the symbols is none that an encoder writes"
+    return BadFrames(problem, file=file, tensor=name, section="symbols")
 
 
 @torch.library.custom_op("hlwq::decode_runs", mutates_args=(), device_types="cpu")
@@ -124,8 +173,7 @@ def _decode_runs(
         whole = len(users[number]) == 1 and start <= begin and end <= start + length
         weights = items[run, begin - start : end - start] if whole else np.empty_like(items, shape=end - begin)
         if not decode(chunks[ends[number] : ends[number + 1]].tobytes(), begin, weights):
-            problem = f"chunk {number} of the symbols is none that an encoder writes"
-            raise BadFrames(problem, file=file, tensor=name, section="symbols")
+            raise _bad_chunk(number, file, name)
         for run, start in users[number] if not whole else ():
             first, last = max(begin, start), min(end, start + length)
             items[run, first - start : last - start] = weights[first - begin : last - begin]
@@ -144,11 +192,17 @@ def trellis_bytes(tensor: md.TrellisTensor) -> int:
     lengths = tensor.sections[-1].chunks
     assert isinstance(lengths, list)
     rows, pairs = numel(tensor.shape) // tensor.row, md.raw_length(tensor.sections[1])
-    return sum(lengths) + 8 * (len(lengths) + 1) + rows + pairs + BLOCK
+    return _padded(sum(lengths)) + 8 * (len(lengths) + 1) + rows + pairs + BLOCK
+
+
+def _padded(size: int) -> int:
+    """Bytes that hold `size` bytes as whole words of four, which is how a GPU reads them."""
+    return -(-size // 4) * 4
 
 
 def read_trellis(reader: Reader, tensor: md.TrellisTensor, shape: tuple[int, int], dtype: torch.dtype) -> PackedTrellis:
-    """A tensor as a matrix of this shape. Its bytes are verified, and what its chunks hold when they are used."""
+    """A tensor as a matrix of this shape, on the CPU. Its bytes are verified, but what its chunks hold only when they
+    are used, or moved to a GPU."""
     matrix = PackedTrellis(shape, tensor, trellis_code(reader, tensor), dtype, reader.path)
     symbols, place = matrix.symbols.numpy(), 0
     for (chunk,) in reader.symbol_chunks(tensor):
