@@ -2,7 +2,7 @@
 
 A chunk of 2**18 weights can only be decoded whole. Operators that torch.compile takes as they are decode, by the
 kernels of the loader and so with its bits: on the CPU each chunk that is needed once, on an NVIDIA GPU, where many
-chunks take hardly longer than one, all of them (packed_gpu).
+chunks take hardly longer than one, all of them or those of the rows that are asked for (packed_gpu).
 """
 
 from __future__ import annotations
