@@ -97,6 +97,10 @@ def weights_for(rng: np.random.Generator, n_blocks: int) -> Floats:
     blocks[4::9] = rng.integers(-8, 8, blocks[4::9].shape)
     blocks[5::9] = np.where(rng.random(blocks[5::9].shape) < 0.01, 900.0, 1e-4)
     blocks[6::9] *= 2.0**-120
+    # one coordinate has it all, of either sign; in some blocks its square is subnormal
+    blocks[7::9] = -0.25 * sign_vector()
+    blocks[8::9] = rng.choice([-1, 1], (len(blocks[8::9]), 1)) * sign_vector()
+    blocks[8::9] *= 2.0 ** rng.uniform(-80, -60, (len(blocks[8::9]), 1))
     return np.clip(blocks, -60000, 60000).astype(np.float32)
 
 
@@ -104,6 +108,7 @@ CASES = [(bits, WEIGHT_DTYPES[bits % 3], effort, "normal") for bits in range(2, 
 CASES += [(bits, "BF16", "best", "normal") for bits in ((2, 3, 5, 8) if ON_GPU else (3,))]  # minutes in the interpreter
 CASES += [(5, dtype, "default", "normal") for dtype in WEIGHT_DTYPES]
 CASES += [(3, "F32", "default", "uneven"), (5, "BF16", "default", "bunched"), (8, "F16", "fast", "bunched")]
+CASES += [(5, "BF16", "fast", "large")]
 
 
 @pytest.mark.parametrize(("bits", "dtype", "effort", "kind"), dict.fromkeys(CASES))
@@ -111,9 +116,9 @@ def test_encoding_gives_the_bits_of_the_cpu(bits: int, dtype: str, effort: str, 
     """Codes, scales, sums and checksums."""
     rng = np.random.default_rng(bits)
     n_blocks = (50 * ROWS if ON_GPU else 0) + 45
-    weights = weights_for(rng, n_blocks)
+    weights = weights_for(rng, n_blocks) * np.float32(2.0**30 if kind == "large" else 1)
     raw = narrow(weights.reshape(-1), dtype).tobytes()
-    levels = normal_levels(bits) if kind == "normal" else odd_levels(bits, kind)
+    levels = odd_levels(bits, kind) if kind in ("uneven", "bunched") else normal_levels(bits)
     exponent = choose_exponent(float(np.abs(weights).max()))
     code = ScalarCode(dtype, bits, exponent, levels, sign_vector(), effort)
     expected = encoder(code)(raw)

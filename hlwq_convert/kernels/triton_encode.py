@@ -67,14 +67,16 @@ def _load_tables(
 ) -> tl.tuple:
     """The tables as _nearest takes them: pointers, or with `find` "lanes" the address of the cells in shared memory,
     and the level and the midpoint that each thread of the warp keeps for all."""
-    if INTERPRETED or find != "lanes":
-        return cells, levels, above
-    thread = 4 * tl.arange(0, 8)[:, None] + tl.arange(0, 4)[None, :]
-    place = tl.inline_asm_elementwise(
-        _COPY_CELLS, "=&r,l,r", [cells.to(tl.int64) + 16 * thread, 16 * thread], dtype=tl.int32, is_pure=False, pack=1
-    )
-    mine = thread % (1 << bits)
-    return place, tl.load(levels + mine), tl.load(above + mine)
+    tables = cells, levels, above
+    if find == "lanes" and not INTERPRETED:
+        thread = 4 * tl.arange(0, 8)[:, None] + tl.arange(0, 4)[None, :]
+        place = tl.inline_asm_elementwise(
+            _COPY_CELLS, "=&r,l,r", [cells.to(tl.int64) + 16 * thread, 16 * thread], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+        mine = thread % (1 << bits)
+        tables = place, tl.load(levels + mine), tl.load(above + mine)
+    return tables
 
 
 @part
@@ -229,7 +231,7 @@ def encode_blocks(
 
     All is computed on weights times signs, as the sums are the same: only the checksum takes the signs off.
     """
-    block = tl.program_id(0).to(tl.int64) * 8 + tl.arange(0, 8)
+    block = tl.program_id(0) * 8 + tl.arange(0, 8)
     lane = tl.arange(0, 4)[None, :]
     factors = _load_signs(signs, kind)
     flips = _sign_bits(factors, kind)
@@ -265,11 +267,11 @@ def encode_blocks(
     # a block of scale 0 has codes 0, and zeros: their sum alone, coordinate 0, has the sign of the lowest level
     kept = tl.where(half > 0, 0xFFFFFFFF, 0).to(tl.uint32)
     out = pack(codes, bits)
-    quarter = tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32)
+    quarter = tl.program_id(0) * 32 + tl.arange(0, 32)
     kept_words = tl.reshape(tl.broadcast_to(kept, [8, 4]), [32])
     for w in tl.static_range(bits):
         word = (out[w] & kept_words).to(tl.int32, bitcast=True)
-        tl.store(packed + quarter * bits + w, word, mask=quarter < 4 * n_blocks)
+        tl.store(packed + quarter.to(tl.int64) * bits + w, word, mask=quarter < 4 * n_blocks)
 
     raw = narrow(scale_by(fwht(chosen), half.to(tl.float32) * from_unit), kind)
     sign = tl.load(levels).to(tl.uint32, bitcast=True) & 0x80000000
@@ -291,7 +293,7 @@ def encode_blocks(
     mask = (block < n_blocks)[:, None]
     energies = fold(multiply(source, source)) + fold(multiply(restored, restored))
     four = four_sums(energies + fold(multiply(source, restored)) + fold(multiply(error, error)))
-    tl.store(sums + lane * n_blocks + place, four, mask=mask)
+    tl.store(sums + lane.to(tl.int64) * n_blocks + place, four, mask=mask)
     mask = mask & (lane == 0)  # the lanes have the same
     tl.store(scales + place, half, mask=mask)
     tl.store(checksums + place, _checksum(flip(decoded, flips), kind), mask=mask)

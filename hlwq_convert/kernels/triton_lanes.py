@@ -172,12 +172,14 @@ def store_block(start: tl.tensor, words: tl.tuple, kind: tl.constexpr, mask: tl.
 
 @part
 def load_blocks(items: tl.tensor, block: tl.tensor, kind: tl.constexpr) -> tl.tuple:
-    """What load_block gives for the blocks `block`, (n,) int64, of int32 `items`, in fewer and wider loads: Triton
+    """What load_block gives for the blocks `block`, (n,), of int32 `items`, in fewer and wider loads: Triton
     deals the words out through shared memory."""
     each: tl.constexpr = 2 if kind == tl.float32 else 1
     n_words: tl.constexpr = 64 * each
     rows: tl.constexpr = block.shape[0]
-    x = tl.load(items + block[:, None] * n_words + tl.arange(0, n_words)[None, :]).to(tl.uint32, bitcast=True)
+    x = tl.load(items + block[:, None].to(tl.int64) * n_words + tl.arange(0, n_words)[None, :]).to(
+        tl.uint32, bitcast=True
+    )
     x = (tl.permute(tl.reshape(x, [rows, 16, 4, each]), [0, 2, 1, 3]),)
     for fold in tl.static_range(4 if each == 1 else 5):
         even, odd = (), ()
