@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from ..kernels import triton_block
 from ..kernels.triton_decode import decode_blocks
-from ..kernels.triton_encode import encode_blocks
+from ..kernels.triton_encode import IN_LANES, encode_blocks
+from ..kernels.triton_encode import ROWS as ENCODED_ROWS
 from ..quantize import ScalarCode, power_of_two
 from ..scalar import gains_of, penalty_of
 from .gpu import sign_words
@@ -27,7 +28,7 @@ ROWS = 32
 """Blocks that a program decodes, one a thread: one warp, so that no thread waits for those of another."""
 
 DECODING: dict[str, Any] = {"rows": ROWS, "num_warps": 1, "enable_fp_fusion": False}
-ENCODING: dict[str, Any] = {"rows": 16, "num_warps": 2, "enable_fp_fusion": False}
+ENCODING: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
 
 _compiling = threading.Lock()
 _compiled: set[tuple[object, ...]] = set()
@@ -53,37 +54,47 @@ def zeros_with(signs: NDArray[np.float32], dtype: str, device: torch.device) -> 
     return torch.from_numpy(signs * np.float32(0)).to(OWN[dtype]).view(torch.int32).to(device)
 
 
+def signs_of(code: ScalarCode, device: torch.device) -> tuple[torch.Tensor, bool]:
+    """What the encoder takes signs from, (64,) int32 or (128,) for F32, all of a lane's one after the other; and
+    whether it may multiply by them: 128 times 2.0**-exponent, positive or negative.
+
+    For BF16 that do not become smaller the products are exact. F16 has no number for most of these factors.
+    """
+    in_pairs = code.dtype == "BF16" and code.exponent <= 0
+    factor = power_of_two(-code.exponent) if in_pairs else np.float32(0)
+    words = torch.from_numpy(code.signs * factor).to(OWN[code.dtype]).view(torch.int32)
+    return words.view(16, 4, -1).transpose(0, 1).contiguous().view(-1).to(device), in_pairs
+
+
 @dataclass(frozen=True)
 class Cells:
     """Equal cells over all coordinates that a block can have, to find the nearest level of x in one step.
 
-    cell(x) = round(x * per_cell) never decreases as x grows, and per_cell is a power of two, so nothing but that is
-    rounded. With at most one midpoint in a cell, those in earlier cells are below x, and one is left to compare with.
+    cell(x) = max(0, round(x * per_cell + first)) never decreases as x grows, and per_cell is a power of two, so
+    nothing but the sum is rounded. With at most one midpoint in a cell, those in earlier cells are below x, and one is
+    left to compare with.
     """
 
-    table: NDArray[np.float32]  # (n, 4): the midpoint or infinity; the levels below and above; the lower's number
-    per_cell: float
+    table: NDArray[np.uint8]  # (n,), the number of midpoints in earlier cells
+    per_cell: int
+    first: int
 
 
-_FURTHEST = 13.0
-"""No coordinate of a block is beyond sqrt(128) times its RMS, and the smallest gain is .88."""
+_FURTHEST = 19
+"""No coordinate of a block is beyond sqrt(128) times its RMS, the smallest gain is .76, and where squares are so small
+that they are rounded, which makes the RMS up to sqrt(1.5) too small, that is 18.3."""
 
 
 def find_cells(levels: NDArray[np.float32]) -> Cells | None:
     """The coarsest cells with at most one midpoint in each, None when 2**12 for a unit are not enough."""
-    midpoints = (levels[:-1] + levels[1:]) * np.float32(0.5)
+    midpoints = ((levels[:-1] + levels[1:]) * np.float32(0.5)).astype(np.float64)
     for exponent in range(13):
-        reach = round(_FURTHEST * (1 << exponent))
-        place = np.clip(midpoints.astype(np.float64) * (1 << exponent), -reach, reach)
-        counts = np.bincount(np.rint(place).astype(np.int64) + reach, minlength=2 * reach + 1)
-        if counts[1:-1].max() <= 1 and counts[0] == counts[-1] == 0:
-            below = np.cumsum(counts) - counts
-            table = np.full((2 * reach + 1, 4), np.inf, np.float32)
-            table[counts > 0, 0] = midpoints
-            table[:, 1] = levels[below]
-            table[:, 2] = levels[np.minimum(below + 1, len(levels) - 1)]
-            table[:, 3] = below.astype(np.int32).view(np.float32)
-            return Cells(table, float(1 << exponent))
+        place = np.rint(np.clip(midpoints, -_FURTHEST, _FURTHEST + 1) * (1 << exponent)).astype(np.int64)
+        first = 1 - int(place[0])
+        counts = np.bincount(np.maximum(place + first, 0), minlength=(_FURTHEST << exponent) + first + 1)
+        counts = counts[: (_FURTHEST << exponent) + first + 1]
+        if counts.max() <= 1:
+            return Cells((np.cumsum(counts) - counts).astype(np.uint8), 1 << exponent, first)
     return None
 
 
@@ -112,15 +123,19 @@ class DeviceEncoder(DeviceCode):
     def __init__(self, code: ScalarCode, device: torch.device) -> None:
         super().__init__(code, device)
         midpoints = (code.levels[:-1] + code.levels[1:]) * np.float32(0.5)
-        cells = find_cells(code.levels)
-        self._in_cells = cells is not None
-        table, self._per_cell = (cells.table, cells.per_cell) if cells else (np.zeros((1, 4), np.float32), 1.0)
+        cells = find_cells(code.levels) or Cells(np.zeros(1, np.uint8), 1, 0)
+        self._per_cell, self._first = cells.per_cell, cells.first
+        if len(cells.table) == 1:
+            self._find = "halves"
+        else:
+            self._find = "lanes" if code.bits <= 5 and len(cells.table) <= IN_LANES else "memory"
+        table = np.pad(cells.table, (0, max(0, IN_LANES - len(cells.table))))
         self._cells = torch.from_numpy(table).to(device)
         self._above = torch.from_numpy(np.append(midpoints, np.float32(np.inf))).to(device)
         self._gains = torch.from_numpy(gains_of(code.effort)).to(device)
         self._penalty = float(penalty_of(code.effort, code.bits))
         self._to_unit = float(power_of_two(-code.exponent))
-        self._zeros = zeros_with(code.signs, code.dtype, device)
+        self._factors, self._in_pairs = signs_of(code, device)
         self._dtype = code.dtype
 
     def result_bytes(self, n_blocks: int) -> int:
@@ -131,12 +146,12 @@ class DeviceEncoder(DeviceCode):
         """Code n_blocks blocks of weights, as int32, and write to `result`, (result_bytes,) uint8, what
         split_result takes apart; both aligned to 16 bytes."""
         packed, sums, checksums, scales = self._parts(n_blocks, result)
-        with launching(encode_blocks, self._dtype, self.bits, len(self._gains), self._in_cells):
-            encode_blocks[-(-n_blocks // ENCODING["rows"]),](
-                items, self._to_unit, self._unit, self._zeros, self._levels, self._above, self._cells, self._per_cell,
-                len(self._cells) - 1, self._gains, self._penalty, packed.view(torch.int32), scales.view(torch.float16),
+        with launching(encode_blocks, self._dtype, self.bits, len(self._gains), self._find, self._in_pairs):
+            encode_blocks[-(-n_blocks // ENCODED_ROWS),](
+                items, self._to_unit, self._unit, self._factors, self._levels, self._above, self._cells, self._per_cell,
+                self._first, self._gains, self._penalty, packed.view(torch.int32), scales.view(torch.float16),
                 sums.view(torch.float32), checksums.view(torch.int32), n_blocks, kind=triton_block.KINDS[self._dtype],
-                bits=self.bits, n_gains=len(self._gains), in_cells=self._in_cells, **ENCODING,
+                bits=self.bits, n_gains=len(self._gains), find=self._find, in_pairs=self._in_pairs, **ENCODING,
             )  # fmt: skip
 
     def split_result(
