@@ -51,7 +51,7 @@ Content = EncodedChunk | EncodedIndices | bytes
 class Opened:
     """A tensor in the making in one file.
 
-    `place` writes a piece, given the flat index of its first weight, `take` adds it to what the entry will say, and
+    `place` writes a piece, given the byte of its tensor where it begins, `take` adds it to what the entry will say, and
     `finish` makes that, given the SHA-256 of the source of a quantized tensor. Pieces are taken in order; they are
     placed by any thread and in any order where the length of the tensor `is_known`, else one after the other, each
     before it is taken.
@@ -93,7 +93,7 @@ def _open_raw(writer: Writer, of: Surveyed) -> Opened:
 
     def place(start: int, content: Content) -> None:
         assert isinstance(content, bytes)
-        section.place(start * ITEM_BITS[tensor.dtype] // 8, content)
+        section.place(start, content)
 
     def take(content: Content) -> None:
         assert isinstance(content, bytes)
@@ -153,8 +153,9 @@ def _open_scalar(writer: Writer, of: Surveyed, code: ScalarCode) -> Opened:
 
     def place(start: int, chunk: Content) -> None:
         assert isinstance(chunk, EncodedChunk)
-        sections["codes"].place(start * code.bits // 8, chunk.codes)
-        sections["scales"].place(start // BLOCK * 2, chunk.scales)
+        n_blocks = start * 8 // (ITEM_BITS[code.dtype] * BLOCK)
+        sections["codes"].place(n_blocks * BLOCK * code.bits // 8, chunk.codes)
+        sections["scales"].place(2 * n_blocks, chunk.scales)
 
     def take(chunk: Content) -> None:
         assert isinstance(chunk, EncodedChunk)

@@ -22,7 +22,7 @@ from hlwq_formats.errors import BadSafetensors
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 from hlwq_formats.sections import compress_codes
 
-from .entries import CannotDecode, Content, NotSmaller, Output, is_known, open_tensor
+from .entries import CannotDecode, Content, NotSmaller, Opened, Output, is_known, open_tensor
 from .parallel import InOrder, begin_map, call, ordered_map, take_turns
 from .quantize import CHUNK, EncodedChunk, ScalarCode
 from .scalar import Effort
@@ -86,15 +86,16 @@ class _Begun:
         self.opened = [open_tensor(*each, None) for each in zip(of.outputs, of.surveyed, strict=True)]
         self.places = list(_places(of, piece))
         self.left = len(self.places)
-        self.in_order = InOrder(self._take)
-
-    def _take(self, contents: list[Content]) -> None:
-        for opened, content in zip(self.opened, contents, strict=True):
-            opened.take(content)
+        self.in_order = InOrder(partial(_take, self.opened))
 
     def is_complete(self) -> bool:
         """Whether nothing is left to wait for."""
         return self.left == 0 and (self.of.digest is None or self.of.digest.done())
+
+
+def _take(opened: list[Opened], contents: list[Content]) -> None:
+    for each, content in zip(opened, contents, strict=True):
+        each.take(content)
 
 
 def _store_in_place(run: Run, taken: Iterable[Taken]) -> Iterator[Taken]:
@@ -121,7 +122,7 @@ def _store_in_place(run: Run, taken: Iterable[Taken]) -> Iterator[Taken]:
 def _place_piece(model: ModelDir, one: _Begun, number: int) -> tuple[_Begun, int]:
     piece = _read_piece(model, one.of, *one.places[number])
     for opened, content in zip(one.opened, piece.contents, strict=True):
-        opened.place(piece.first, content)
+        opened.place(piece.start, content)
     one.in_order.add(number, piece.contents)
     return one, number
 
@@ -151,7 +152,7 @@ def _write_tensor(run: Run, of: Taken, pieces: Iterator[Piece]) -> None:
     opened = [open_tensor(*each) for each in zip(of.outputs, of.surveyed, first.contents, strict=True)]
     for piece in chain([first], pieces):
         for each, content in zip(opened, piece.contents, strict=True):
-            each.place(piece.first, content)
+            each.place(piece.start, content)
             each.take(content)
         run.step(piece.source_bytes * len(opened))
     for output, one, position, each in zip(of.outputs, of.surveyed, positions, opened, strict=True):
@@ -174,7 +175,7 @@ class Piece:
     """What one task made of a run of bytes of one tensor, for each of the files."""
 
     of: Taken
-    first: int  # flat index of its first weight
+    start: int  # of that run in the tensor, in bytes
     source_bytes: int
     contents: list[Content]
 
@@ -192,7 +193,7 @@ def _read_piece(model: ModelDir, of: Taken, start: int, length: int) -> Piece:
     if of.tensor.dtype == "BOOL" and max(raw, default=0) > 1:
         raise BadSafetensors(f"a boolean is {max(raw)}, expected 0 or 1", file=of.tensor.file, tensor=of.tensor.name)
     first = start * 8 // ITEM_BITS[of.tensor.dtype]
-    return Piece(of, first, length, [_encode(one, raw, first) for one in of.surveyed])
+    return Piece(of, start, length, [_encode(one, raw, first) for one in of.surveyed])
 
 
 def _encode(of: Surveyed, raw: bytes, first: int) -> Content:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hlwq_formats.dtypes import ITEM_BITS, widen
+from hlwq_formats.dtypes import BIT_PATTERNS, ITEM_BITS, widen
 from hlwq_formats.errors import NonFinite
 from hlwq_formats.layout import BLOCK, count_blocks
 from hlwq_formats.rans import SEGMENT
@@ -30,9 +30,9 @@ from .trellis import STATES, EncodedIndices, TrellisCode, fit, is_storable, plai
 
 _PIECE = 4 << 20  # bytes; less would be looked at in the core's cache, but many threads would wait for each other
 
-_SAFE = {"F16": (2.0**-14, 2.0**11), "BF16": (2.0**-100, 2.0**123), "F32": (2.0**-100, 2.0**123)}
-"""Between which values the largest weight of a tensor must lie so that scalar codes surely decode to something finite
-that is not all zeros: a block's fitted scale gives it no more than its norm, sqrt(128) times the largest weight."""
+_SAFE = {"F16": 2.0**11, "BF16": 2.0**123, "F32": 2.0**123}
+"""Scalar codes never make weights infinite whose largest is smaller than this: the fitted scale of a block gives it no
+more than its norm, sqrt(128) times the largest weight, but for the rounding of the scale."""
 
 
 Encode = Callable[[bytes, int], EncodedChunk | EncodedIndices]
@@ -78,15 +78,17 @@ def survey(
 
     row, variable = row_of(tensor.shape), any(choice.encoding == "trellis" for choice in choices)
     energies = RowEnergies(tensor.dtype, row, tensor.numel // row) if variable else None
-    largest, zeros = 0.0, 0
-    for raw in model.read_pieces_into(tensor, _pieces(tensor), memoryview(bytearray(_PIECE))):
+    largest, loudest, zeros = 0.0, b"", 0
+    for raw in model.read_pieces_into(tensor, _pieces(tensor), _buffer(tensor)):
         if stop.is_set():
             raise Stopped
         found, more_zeros = survey_weights(raw, tensor.dtype)
         if not np.isfinite(found):
             reason = _explain_nonfinite(model, tensor, nonfinite)
             return [Surveyed(tensor, choice.reason if choice.encoding == "raw" else reason) for choice in choices]
-        largest, zeros = max(largest, found), zeros + more_zeros
+        if found > largest:
+            largest, loudest = found, _loudest_block(raw, tensor.dtype)
+        zeros += more_zeros
         if energies is not None:
             energies.add(raw)
     exponent = choose_exponent(largest)
@@ -95,14 +97,16 @@ def survey(
 
     def find_code(choice: Choice) -> Surveyed:
         code: ScalarCode | TrellisCode
-        at_an_end = largest > 0 and not _SAFE[tensor.dtype][0] < largest < _SAFE[tensor.dtype][1]
         if choice.step is not None and scales is not None:
             code = _fit_trellis(tensor, sample, exponent, choice.step, scales, effort)
             if not is_storable(code):
                 return Surveyed(tensor, f"its weights of up to {largest:g} are at an end of the range of floats")
         elif choice.bits is not None:
             code = _fit_scalar(tensor, sample, exponent, choice.bits, effort)
-            if at_an_end and (what := _decodes_to(model, tensor, make_encoder(code))):
+            encode = make_encoder(code)
+            # where the block with the largest weight does not vanish, not all is zeros
+            is_safe = largest < _SAFE[tensor.dtype] and (largest == 0 or bool(encode(loudest, 0).sums[1, 0] > 0))
+            if not is_safe and (what := _decodes_to(model, tensor, encode)):
                 return Surveyed(tensor, f"quantized it would decode to {what}")
         else:
             return Surveyed(tensor, choice.reason)
@@ -114,7 +118,7 @@ def survey(
 def digest_source(model: ModelDir, tensor: SourceTensor, stop: threading.Event) -> str:
     """SHA-256 of a tensor's bytes, in hexadecimal: a task of its own, as it takes longer than all else."""
     digest = hashlib.sha256()
-    for raw in model.read_pieces_into(tensor, _pieces(tensor), memoryview(bytearray(_PIECE))):
+    for raw in model.read_pieces_into(tensor, _pieces(tensor), _buffer(tensor)):
         if stop.is_set():
             raise Stopped
         digest.update(raw)
@@ -143,6 +147,14 @@ def _fit_trellis(
     return fit(code, steps, indices.ravel()[: len(steps)])
 
 
+def _loudest_block(raw: memoryview, dtype: str) -> bytes:
+    """The bytes of the block with the largest weight of a piece, which begins with a block."""
+    magnitudes = np.frombuffer(raw, BIT_PATTERNS[dtype]) << 1  # without the sign
+    size = BLOCK * magnitudes.itemsize
+    start = int(np.argmax(magnitudes)) // BLOCK * size
+    return bytes(raw[start : start + size])
+
+
 def _decodes_to(model: ModelDir, tensor: SourceTensor, encode: Encode) -> str:
     """What is wrong with all that a tensor would decode to, if something is: it is encoded to see."""
     sums, first = ErrorSums(), 0
@@ -154,6 +166,10 @@ def _decodes_to(model: ModelDir, tensor: SourceTensor, encode: Encode) -> str:
         first += len(raw) * 8 // ITEM_BITS[tensor.dtype]
     closeness = sums.closeness()
     return "zeros" if closeness is not None and closeness.cosine == 0 else ""
+
+
+def _buffer(tensor: SourceTensor) -> memoryview:
+    return memoryview(bytearray(min(_PIECE, tensor.length)))
 
 
 def _pieces(tensor: SourceTensor) -> list[tuple[int, int]]:

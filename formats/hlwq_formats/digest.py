@@ -20,14 +20,19 @@ class PipelinedDigest:
 
     def update(self, piece: bytes | memoryview) -> None:
         """Take the next piece."""
-        self._wait()
         self._taken += len(piece)
         if self._taken <= _FEW:
-            self._digest.update(piece)
+            self.add(piece)
             return
+        self._wait()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "hlwq-hash")
         self._last = self._thread.submit(self._digest.update, piece)
+
+    def add(self, piece: bytes | memoryview) -> None:
+        """`update` that has hashed the piece when it returns."""
+        self._wait()
+        self._digest.update(piece)
 
     def hexdigest(self) -> str:
         """The digest of all pieces."""

@@ -40,7 +40,8 @@ class SectionWriter:
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`, items of one byte, to the section."""
         self.place(self._position - self._offset, data)
-        self.count(data)
+        self._digest.update(data)
+        self._position += len(data)
 
     def place(self, start: int, data: bytes | memoryview) -> None:
         """Write `data` at byte `start` of the section, from any thread and in any order. All of it must be given to
@@ -50,8 +51,8 @@ class SectionWriter:
         self._writer.put(self._offset + start, data)
 
     def count(self, data: bytes | memoryview) -> None:
-        """Hash the next bytes of the section, which are written."""
-        self._digest.update(data)
+        """Hash the next bytes of the section, which are written, before this returns."""
+        self._digest.add(data)
         self._position += len(data)
 
     def shrink(self, following: Sequence[SectionWriter]) -> None:
