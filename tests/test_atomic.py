@@ -314,6 +314,14 @@ def test_what_appears_at_the_last_moment_is_left_alone(out: Path, monkeypatch: p
     assert list(out.parent.iterdir()) == [out]
 
 
+def test_a_system_that_cannot_reserve(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")
+    file = start(out)
+    file.reserve(1 << 60)  # the writes have to notice
+    file.abandon()
+    assert list(out.parent.iterdir()) == []
+
+
 def test_a_file_is_not_closed_while_another_thread_writes(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its number may belong to another file by then."""
     file = start(out)

@@ -115,8 +115,8 @@ def weights_for(rng: np.random.Generator, n_blocks: int) -> Floats:
     return np.clip(blocks, -60000, 60000).astype(np.float32)
 
 
-CASES = [(bits, WEIGHT_DTYPES[bits % 3], "default", "normal") for bits in range(2, 9)]
-CASES += [(bits, WEIGHT_DTYPES[bits % 3], "fast", "normal") for bits in (range(2, 9) if ON_GPU else (4,))]
+CASES = [(bits, WEIGHT_DTYPES[bits % 3], "fast", "normal") for bits in range(2, 9)]
+CASES += [(bits, WEIGHT_DTYPES[bits % 3], "default", "normal") for bits in range(2, 9) if ON_GPU or bits == 5]
 CASES += [(bits, "BF16", "best", "normal") for bits in ((2, 3, 5, 8) if ON_GPU else (3,))]  # minutes in the interpreter
 CASES += [(5, dtype, "default", "normal") for dtype in WEIGHT_DTYPES]
 CASES += [(3, "F32", "default", "uneven"), (5, "BF16", "default", "bunched"), (8, "F16", "fast", "bunched")]

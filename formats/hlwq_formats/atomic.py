@@ -195,7 +195,7 @@ class AtomicFile:
 
     def reserve(self, size: int) -> None:
         """Ask the file system for `size` bytes now, so that a full disk shows at the start."""
-        if not hasattr(os, "posix_fallocate") or size == 0:
+        if not hasattr(os, "posix_fallocate"):
             return
         try:
             OPS.reserve(self._fd, size)
