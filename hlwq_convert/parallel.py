@@ -103,49 +103,37 @@ def take_turns(iterators: Iterable[Iterator[T]], width: int) -> Iterator[T]:
 
 
 class InOrder(Generic[T]):
-    """Gives pieces that threads bring in any order to `take`, one at a time in the order of their numbers, from 0."""
+    """Gives pieces that threads bring in any order to `take`, one at a time in the order of their numbers, from 0.
+
+    A piece is taken by the thread that brought it or an earlier one, before that returns: who has waited for those who
+    brought all pieces up to one knows that it is taken. When `take` raises, so does `add` there, and nothing more is
+    taken.
+    """
 
     def __init__(self, take: Callable[[T], object]) -> None:
         self._take = take
         self._next = 0
         self._waiting: dict[int, T] = {}
         self._busy = False
-        self._error: BaseException | None = None
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
 
     def add(self, number: int, piece: T) -> None:
         """Bring a piece. Whoever brings the next one takes it, and those that have waited for it; nobody else waits."""
-        with self._changed:
+        with self._lock:
             self._waiting[number] = piece
             if self._busy:
                 return
             self._busy = True
         while (found := self._pop()) is not None:
-            try:
-                self._take(found[0])
-            except BaseException as error:
-                with self._changed:
-                    self._error = error
-                    self._changed.notify_all()
-                raise
-            with self._changed:
-                self._next += 1
-                self._changed.notify_all()
+            self._take(found[0])
 
     def _pop(self) -> tuple[T] | None:
-        with self._changed:
-            if self._next in self._waiting:
-                return (self._waiting.pop(self._next),)
-            self._busy = False
-            return None
-
-    def wait(self, number: int) -> None:
-        """Until piece `number`, and all before it, are taken; raises what taking one of them raised. All must have been
-        brought."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._next > number or self._error is not None)
-            if self._error is not None:
-                raise self._error
+        with self._lock:
+            if self._next not in self._waiting:
+                self._busy = False
+                return None
+            self._next += 1
+            return (self._waiting.pop(self._next - 1),)
 
 
 def call(task: Callable[[], R]) -> R:

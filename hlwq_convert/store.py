@@ -110,8 +110,7 @@ def _store_in_place(run: Run, taken: Iterable[Taken]) -> Iterator[Taken]:
     # a digest keeps up with some four threads that encode
     tasks = take_turns(begin(), max(1, run.workers // 4))
     for one, number in ordered_map(run.pool, 2 * run.workers, call, tasks):
-        one.in_order.wait(number)
-        one.left -= 1
+        one.left -= 1  # and it is taken: the pieces of a tensor are waited for in order
         run.step(one.places[number][1] * len(one.opened))
         while begun and begun[0].is_complete():
             yield _finish(begun.popleft())

@@ -103,14 +103,12 @@ def survey(
                 return Surveyed(tensor, f"its weights of up to {largest:g} are at an end of the range of floats")
         elif choice.bits is not None:
             code = _fit_scalar(tensor, sample, exponent, choice.bits, effort)
-            encode = make_encoder(code)
-            # where the block with the largest weight does not vanish, not all is zeros
-            is_safe = largest < _SAFE[tensor.dtype] and (largest == 0 or bool(encode(loudest, 0).sums[1, 0] > 0))
-            if not is_safe and (what := _decodes_to(model, tensor, encode)):
-                return Surveyed(tensor, f"quantized it would decode to {what}")
         else:
             return Surveyed(tensor, choice.reason)
-        return Surveyed(tensor, choice.reason, code, make_encoder(code), zeros)
+        encode = make_encoder(code)
+        if isinstance(code, ScalarCode) and (what := _decodes_to(model, tensor, encode, largest, loudest)):
+            return Surveyed(tensor, f"quantized it would decode to {what}")
+        return Surveyed(tensor, choice.reason, code, encode, zeros)
 
     return [find_code(choice) for choice in choices]
 
@@ -155,8 +153,11 @@ def _loudest_block(raw: memoryview, dtype: str) -> bytes:
     return bytes(raw[start : start + size])
 
 
-def _decodes_to(model: ModelDir, tensor: SourceTensor, encode: Encode) -> str:
-    """What is wrong with all that a tensor would decode to, if something is: it is encoded to see."""
+def _decodes_to(model: ModelDir, tensor: SourceTensor, encode: Encode, largest: float, loudest: bytes) -> str:
+    """What is wrong with all that a tensor would decode to, if something is: it is encoded to see, unless its largest
+    weight is safe and the block that holds it does not vanish."""
+    if largest < _SAFE[tensor.dtype] and (largest == 0 or encode(loudest, 0).sums[1, 0] > 0):
+        return ""
     sums, first = ErrorSums(), 0
     for raw in model.read_pieces(tensor, _pieces(tensor)):
         chunk = encode(raw, first)

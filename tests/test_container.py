@@ -9,6 +9,7 @@ import itertools
 import os
 import signal
 import struct
+import threading
 import types
 import zlib
 from collections.abc import Callable, Iterator
@@ -433,6 +434,25 @@ def test_an_interrupt_leaves_nothing(out: Path) -> None:
     with pytest.raises(KeyboardInterrupt), Writer(out) as writer:
         writer.finish(write_sections(writer), verify=interrupt)
     assert only(out.parent)
+
+
+def test_what_is_placed_takes_no_thread_to_hash(out: Path) -> None:
+    """Sections of many tensors may be open at once; what is appended is hashed beside."""
+    data = bytes(5 << 20)
+
+    def hashing() -> int:
+        return sum(thread.name.startswith("hlwq-hash") for thread in threading.enumerate())
+
+    with Writer(out) as writer:
+        placed, appended = (writer.open_section("asset", 2 * len(data)) for _ in range(2))
+        for start in (len(data), 0):
+            placed.place(start, data)
+            placed.count(data)
+        assert hashing() == 0
+        appended.write(data)
+        appended.write(data)
+        assert hashing() == 1
+        assert placed.done().sha256 == appended.done().sha256 == hashlib.sha256(2 * data).hexdigest()
 
 
 def test_reserved_space_that_is_not_used_is_cut_off(out: Path, content: bytes) -> None:

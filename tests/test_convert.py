@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import write_model
+from models import normal, write_model
 
 import hlwq_convert as h
 from hlwq_convert.kernels import encode as kernel
@@ -84,6 +84,15 @@ def test_the_report_is_the_error_of_what_is_loaded(model: Path, converted: Path)
 def test_the_number_of_workers_changes_no_byte(model: Path, converted: Path, tmp_path: Path, workers: int) -> None:
     h.convert(model, tmp_path / "out.hlwq", workers=workers)
     assert digest(tmp_path / "out.hlwq") == digest(converted)
+
+
+def test_pieces_of_several_chunks_change_no_byte(tmp_path: Path) -> None:
+    """From 8 workers on; tensors of several pieces take turns."""
+    shape = (4400, 1024)
+    source = write_model(tmp_path / "m", {name: normal(shape, seed) for seed, name in enumerate("abc")})
+    for workers in (1, 16):
+        h.convert(source, tmp_path / f"{workers}.hlwq", bits=2, effort="fast", workers=workers)
+    assert digest(tmp_path / "1.hlwq") == digest(tmp_path / "16.hlwq")
 
 
 @pytest.mark.parametrize("features", [[], ["AVX512"], ["AVX512", "AVX2"]])

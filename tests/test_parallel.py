@@ -112,7 +112,6 @@ def test_pieces_are_taken_in_order() -> None:
         for i in order:
             in_order.add(i, "abcd"[i])
             assert "".join(taken) == "abcd"[: next((n for n in range(4) if n not in order[: order.index(i) + 1]), 4)]
-        in_order.wait(3)
 
 
 def test_who_brings_a_piece_does_not_wait_for_others() -> None:
@@ -132,19 +131,39 @@ def test_who_brings_a_piece_does_not_wait_for_others() -> None:
     in_order.add(1, "b")
     assert taken == []
     leave.set()
-    in_order.wait(1)
     first.join()
     assert taken == [("a", first.ident), ("b", first.ident)]
 
 
-def test_what_fails_is_raised_for_who_waits() -> None:
+def test_nothing_is_taken_after_what_failed() -> None:
+    taken: list[str] = []
+
     def take(piece: str) -> None:
+        taken.append(piece)
         raise ValueError(piece)
 
     in_order = InOrder(take)
     in_order.add(1, "b")
     with pytest.raises(ValueError, match="a"):
         in_order.add(0, "a")
-    for number in (0, 1):
-        with pytest.raises(ValueError, match="a"):
-            in_order.wait(number)
+    in_order.add(2, "c")
+    assert taken == ["a"]
+
+
+def test_a_piece_is_taken_when_all_up_to_it_have_been_brought() -> None:
+    taken: list[int] = []
+
+    def take(piece: int) -> None:
+        time.sleep(0.001 * (piece % 3))
+        taken.append(piece)
+
+    in_order = InOrder(take)
+
+    def bring(piece: int) -> int:
+        time.sleep(0.002 * (piece * 7 % 5))
+        in_order.add(piece, piece)
+        return piece
+
+    with ThreadPoolExecutor(4) as pool:
+        for piece in ordered_map(pool, 8, bring, range(60)):
+            assert taken[: piece + 1] == list(range(piece + 1))

@@ -27,6 +27,7 @@ from hlwq_convert.quantize import (
 )
 from hlwq_convert.rotate import sign_vector
 from hlwq_formats.dtypes import WEIGHT_DTYPES, narrow, widen
+from hlwq_formats.layout import BLOCK
 
 deterministic = settings(derandomize=True, database=None, deadline=None, max_examples=150)
 
@@ -367,3 +368,9 @@ def test_any_changed_weight_changes_the_checksum() -> None:
             changed[i] ^= flip
             after = block_checksums(changed)
             assert (after != before).tolist() == [i < 128, i >= 128]
+
+
+def test_each_chunk_has_a_checksum() -> None:
+    blocks = np.random.default_rng(3).integers(0, 1 << 32, 2 * CHUNK // BLOCK + 7).astype(np.uint32)
+    first, second, rest = np.split(blocks, [CHUNK // BLOCK, 2 * CHUNK // BLOCK])
+    assert combine(blocks) == [zlib.crc32(part.astype("<u4").tobytes()) for part in (first, second, rest)]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from models import tensor, write_model
+from models import normal, tensor, write_model
 
 import hlwq_convert as h
 from hlwq_convert.kernels.encode import encoder
 from hlwq_convert.kernels.fit import fit
+from hlwq_convert.plan import Choice
 from hlwq_convert.quantize import ScalarCode, all_finite, choose_exponent
 from hlwq_convert.rotate import fwht, sign_vector
 from hlwq_convert.scalar import Effort
-from hlwq_convert.survey import _SAFE
+from hlwq_convert.source import open_source
+from hlwq_convert.survey import _SAFE, Encode, survey
+from hlwq_convert.trellis import TrellisCode
 from hlwq_formats.dtypes import narrow
 
 
@@ -57,3 +61,19 @@ def test_a_loud_block_that_vanishes(tmp_path: Path, dtype: str, effort: Effort) 
     source = write_model(tmp_path / "m", {"w": tensor(weights.astype(np.float32), dtype)})
     (info,) = h.convert(source, tmp_path / "o.hlwq", bits=2, effort=effort).tensors
     assert (info.encoding, info.reason) == ("raw", "quantized it would decode to zeros")
+
+
+def test_an_encoder_is_made_once(tmp_path: Path) -> None:
+    """Several GPUs take turns in making them."""
+    source = open_source(write_model(tmp_path / "m", {"w": normal((64, 128))}))
+    made: list[int] = []
+
+    def make_encoder(code: ScalarCode | TrellisCode) -> Encode:
+        assert isinstance(code, ScalarCode)
+        made.append(code.bits)
+        encode = encoder(code)
+        return lambda raw, start: encode(raw)
+
+    choices = [Choice(3, "asked"), Choice(None, "asked"), Choice(5, "asked")]
+    survey(source.model, source.tensors[0], choices, "default", "error", threading.Event(), make_encoder)
+    assert made == [3, 5]
