@@ -16,11 +16,11 @@ from hlwq_formats.reader import Reader
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 
 from .decode import Piece, pieces
-from .duplicates import digest_of
 from .inspection import TensorReport, inspect_reader
 from .metrics import ErrorSums
 from .parallel import call, default_workers, ordered_map
 from .source import Source
+from .source_digests import digest_tensor
 
 
 def compare(reader: Reader, source: Source, progress: Callable[[int, int], None]) -> list[str]:
@@ -72,7 +72,7 @@ def _compare_names(reader: Reader, source: Source) -> list[str]:
 def _compare_bytes(reader: Reader, model: ModelDir, tensor: SourceTensor) -> tuple[SourceTensor, list[str]]:
     entry = reader.stored_tensor(tensor.name)
     expected = entry.sections[0].sha256 if isinstance(entry, md.RawTensor) else entry.source_sha256
-    found = digest_of(model, tensor)
+    found = digest_tensor(model, tensor)
     if found == expected:
         return tensor, []
     words = f"SHA-256 of the source is {found[:16]}..., the file was made from {expected[:16]}..."

@@ -18,7 +18,6 @@ from hlwq_formats.safetensors_dir import SourceTensor
 from hlwq_formats.split import header_of, plan_parts
 from hlwq_formats.writer import Writer, Writers
 
-from .duplicates import digest_of
 from .entries import Output
 from .inspection import Inspection, Report, inspect_reader, printable
 from .job import Job, make_metadata
@@ -28,6 +27,7 @@ from .resume import Digest, Planned, fingerprint, load_earlier, still_good
 from .rotate import SIGN_BYTES
 from .self_check import self_check
 from .sizing import long_parts, planned_metadata, total_bytes
+from .source_digests import digest_tensor
 from .store import Run, write_tensors
 from .survey import MakeEncoder
 from .trellis import row_of
@@ -104,7 +104,7 @@ def assemble(
         settings.piece, stepper(progress, "converting", total),
     )  # fmt: skip
     stored = [tensor for tensor in source.tensors if tensor.name not in aliases]
-    digest = functools.cache(partial(digest_of, source.model))
+    digest = functools.cache(partial(digest_tensor, source.model))
     outputs: list[Output] = []
     try:
         reserves = [_reserve(planning) for planning in plannings]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 
-READ = 1 << 20
+from .source_digests import digest_tensor
+
 _PROBE = 4096
 
 
@@ -18,7 +18,7 @@ def find_duplicates(model: ModelDir, tensors: Iterable[SourceTensor]) -> dict[st
     Only tensors that agree in dtype, shape and their first and last 4 KiB are read whole.
     """
     groups = [list(tensors)]
-    for key in (_kind, lambda t: _probe(model, t), lambda t: digest_of(model, t)):
+    for key in (_kind, lambda t: _probe(model, t), lambda t: digest_tensor(model, t)):
         groups = [part for group in groups for part in _split(group, key)]
     return {twin.name: group[0].name for group in groups for twin in group[1:]}
 
@@ -38,12 +38,3 @@ def _kind(tensor: SourceTensor) -> Hashable:
 def _probe(model: ModelDir, tensor: SourceTensor) -> Hashable:
     size = min(_PROBE, tensor.length)
     return model.read(tensor, 0, size), model.read(tensor, tensor.length - size, size)
-
-
-def digest_of(model: ModelDir, tensor: SourceTensor) -> str:
-    """SHA-256 of a tensor's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    places = ((start, min(READ, tensor.length - start)) for start in range(0, tensor.length, READ))
-    for piece in model.read_pieces(tensor, places):
-        digest.update(piece)
-    return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""Compare the files of a model with the digests that the Hugging Face cache keeps as their names."""
+"""Digests of what a model holds: of its tensors, and of its files against the names that the Hugging Face cache gives
+them."""
 
 from __future__ import annotations
 
@@ -8,9 +9,18 @@ import re
 from collections.abc import Callable
 
 from hlwq_formats.errors import BadModelDir, Usage
-from hlwq_formats.safetensors_dir import ModelDir
+from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 
 _PIECE = 4 << 20
+
+
+def digest_tensor(model: ModelDir, tensor: SourceTensor, step: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a tensor's bytes, in hexadecimal. `step` is called with the bytes of each piece, and may raise."""
+    digest = hashlib.sha256()
+    for piece in model.stream(tensor, _PIECE):
+        digest.update(piece)
+        step(len(piece))
+    return digest.hexdigest()
 
 
 def verify_source_digests(model: ModelDir, progress: Callable[[int, int], None]) -> None:

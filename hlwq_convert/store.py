@@ -26,7 +26,8 @@ from .entries import CannotDecode, Content, NotSmaller, Opened, Output, is_known
 from .parallel import InOrder, begin_map, call, ordered_map, take_turns
 from .quantize import CHUNK, EncodedChunk, ScalarCode
 from .scalar import Effort
-from .survey import MakeEncoder, Surveyed, digest_source, survey
+from .source_digests import digest_tensor
+from .survey import MakeEncoder, Stopped, Surveyed, survey
 
 _RAW_PIECE = 4 << 20
 
@@ -61,12 +62,16 @@ def write_tensors(run: Run, tensors: Sequence[tuple[SourceTensor, Sequence[Outpu
     """Store tensors in the given order, each in the files given with it, and yield those that are stored. The first
     are looked at before one is asked for."""
 
+    def go_on(_: int) -> None:
+        if run.stop.is_set():
+            raise Stopped
+
     def look(item: tuple[SourceTensor, Sequence[Output]]) -> Taken:
         tensor, outputs = item
         choices = [output.choices[tensor.name] for output in outputs]
         digest = None
         if any(choice.encoding != "raw" for choice in choices):
-            digest = run.pool.submit(digest_source, run.model, tensor, run.stop)
+            digest = run.pool.submit(digest_tensor, run.model, tensor, go_on)
         surveyed = survey(run.model, tensor, choices, run.effort, run.nonfinite, run.stop, run.make_encoder)
         return Taken(tensor, outputs, surveyed, digest)
 

@@ -6,7 +6,6 @@ bytes again, then mostly from the page cache: keeping them would cost the memory
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -79,7 +78,7 @@ def survey(
     row, variable = row_of(tensor.shape), any(choice.encoding == "trellis" for choice in choices)
     energies = RowEnergies(tensor.dtype, row, tensor.numel // row) if variable else None
     largest, loudest, zeros = 0.0, b"", 0
-    for raw in model.read_pieces_into(tensor, _pieces(tensor), _buffer(tensor)):
+    for raw in model.stream(tensor, _PIECE):
         if stop.is_set():
             raise Stopped
         found, more_zeros = survey_weights(raw, tensor.dtype)
@@ -111,16 +110,6 @@ def survey(
         return Surveyed(tensor, choice.reason, code, encode, zeros)
 
     return [find_code(choice) for choice in choices]
-
-
-def digest_source(model: ModelDir, tensor: SourceTensor, stop: threading.Event) -> str:
-    """SHA-256 of a tensor's bytes, in hexadecimal: a task of its own, as it takes longer than all else."""
-    digest = hashlib.sha256()
-    for raw in model.read_pieces_into(tensor, _pieces(tensor), _buffer(tensor)):
-        if stop.is_set():
-            raise Stopped
-        digest.update(raw)
-    return digest.hexdigest()
 
 
 def _fit_scalar(tensor: SourceTensor, sample: Sample, exponent: int, bits: int, effort: Effort) -> ScalarCode:
@@ -167,10 +156,6 @@ def _decodes_to(model: ModelDir, tensor: SourceTensor, encode: Encode, largest: 
         first += len(raw) * 8 // ITEM_BITS[tensor.dtype]
     closeness = sums.closeness()
     return "zeros" if closeness is not None and closeness.cosine == 0 else ""
-
-
-def _buffer(tensor: SourceTensor) -> memoryview:
-    return memoryview(bytearray(min(_PIECE, tensor.length)))
 
 
 def _pieces(tensor: SourceTensor) -> list[tuple[int, int]]:

@@ -186,14 +186,14 @@ class ModelDir:
             for start, length in places:
                 yield shard.read(tensor.offset + start, length)
 
-    def read_pieces_into(
-        self, tensor: SourceTensor, places: Iterable[tuple[int, int]], buffer: memoryview
-    ) -> Iterator[memoryview]:
-        """`read_pieces`, each into the beginning of `buffer`, in place of the one before."""
+    def stream(self, tensor: SourceTensor, size: int) -> Iterator[memoryview]:
+        """The bytes of a tensor, `size` at a time, each piece in the memory of the one before."""
+        buffer = memoryview(bytearray(min(size, tensor.length)))
         with self._reopen(tensor.file) as shard:
-            for start, length in places:
-                shard.read_into(tensor.offset + start, buffer[:length])
-                yield buffer[:length]
+            for start in range(0, tensor.length, size):
+                piece = buffer[: tensor.length - start]
+                shard.read_into(tensor.offset + start, piece)
+                yield piece
 
     def file_pieces(self, file: str, size: int) -> Iterator[bytes]:
         """The bytes of a whole shard, `size` at a time."""

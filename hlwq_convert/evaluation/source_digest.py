@@ -13,8 +13,7 @@ from hlwq_formats.errors import escape
 from hlwq_formats.reader import Reader
 
 from ..source import Source
-
-_PIECE = 4 << 20
+from ..source_digests import digest_tensor
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,14 @@ class SourceDigest:
 
 def digest_source(source: Source, progress: Callable[[int, int], None]) -> SourceDigest:
     """Read and hash every weight; progress is called with (bytes done, bytes in all)."""
-    tensors: dict[str, str] = {}
     done, total = 0, sum(tensor.length for tensor in source.tensors)
-    for tensor in source.tensors:
-        digest = hashlib.sha256()
-        places = [(start, min(_PIECE, tensor.length - start)) for start in range(0, tensor.length, _PIECE)]
-        for piece in source.model.read_pieces(tensor, places):
-            digest.update(piece)
-            progress(done := done + len(piece), total)
-        tensors[tensor.name] = digest.hexdigest()
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    tensors = {tensor.name: digest_tensor(source.model, tensor, step) for tensor in source.tensors}
     config = hashlib.sha256(source.model.read_file("config.json", md.MAX_ASSET)).hexdigest()
     listed = [[tensor.name, tensor.dtype, tensor.shape, tensors[tensor.name]] for tensor in source.tensors]
     return SourceDigest(hashlib.sha256(msgspec.json.encode([config, listed])).hexdigest(), tensors)
