@@ -69,8 +69,8 @@ class Recorder:
         self._add("size", self._number(fd), offset=size)
 
     def _sync(self, fd: int) -> None:
+        self._add("sync", self._number(fd))  # first: what another thread writes meanwhile is not secured
         OPS._real_sync(fd)  # type: ignore[attr-defined]
-        self._add("sync", self._number(fd))
 
     def _unlink(self, path: str) -> None:
         OPS._real_unlink(path)  # type: ignore[attr-defined]
