@@ -51,6 +51,7 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / "o.hlwq").read_bytes()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("old", [case(120, "new", None), case(120, "overwritten", DEAR)])
 def test_a_power_cut(source: Path, new: bytes, monkeypatch: pytest.MonkeyPatch, old: bytes | None) -> None:
     monkeypatch.setattr(journal, "CHECKPOINT_SECONDS", 0)

@@ -46,6 +46,7 @@ def gaussian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("gaussian") / "m", {"w.weight": normal((1024, 2048), dtype="F32")})
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("bpw", [2, 3.5, 5.5])
 def test_gaussian_weights(gaussian: Path, tmp_path: Path, bpw: float) -> None:
     found = h.convert(gaussian, tmp_path / "o.hlwq", bpw=bpw)
@@ -55,6 +56,7 @@ def test_gaussian_weights(gaussian: Path, tmp_path: Path, bpw: float) -> None:
     assert f"coder: {found.summary.coder_loss:.2%} or {loss:.4f} bits a weight above the entropy" in totals(found)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("name", "bpw"), [("all-MiniLM-L6-v2", 2.5), ("all-MiniLM-L6-v2", 4.5),
                                            ("SmolLM2-135M-Instruct", 3.5)])  # fmt: skip
 def test_real_weights(tmp_path: Path, name: str, bpw: float) -> None:
@@ -66,6 +68,7 @@ def test_real_weights(tmp_path: Path, name: str, bpw: float) -> None:
     assert 0 < found.summary.coder_loss_bpw < BITS
 
 
+@pytest.mark.once
 def test_the_entropy_is_that_of_the_stored_indices(gaussian: Path, tmp_path: Path) -> None:
     """By floating point and the definition, from the file alone."""
     from hlwq_formats import rans

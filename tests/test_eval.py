@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib")
 
 from hlwq_convert.evaluation.reference import SAMPLES, TOP_K  # noqa: E402
 from hlwq_convert.evaluation.windows import cut_windows, read_text  # noqa: E402
+from hlwq_convert.kernels.compiled import CACHE_FOLDER  # noqa: E402
 from hlwq_convert.runtime import peers as peers_module  # noqa: E402
 from hlwq_convert.runtime.causal_model import file_model, load_tokenizer, source_model  # noqa: E402
 from hlwq_convert.runtime.evaluate import Ground, evaluate, prepare_ground  # noqa: E402
@@ -77,6 +78,8 @@ def files(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    if CACHE_FOLDER is not None:  # machine code is not what is tested here
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(Path(CACHE_FOLDER).parents[1]))
     return folder / "hlwq" / "references"
 
 

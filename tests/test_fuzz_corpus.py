@@ -45,6 +45,7 @@ def test_replay(path: Path) -> None:
     fuzz_targets.check(path.parent.name, path.read_bytes())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", fuzzing.NAMES)
 def test_seeds(name: str) -> None:
     outcomes = {fuzz_targets.check(name, seed) for seed in seeds(name)}
@@ -80,6 +81,7 @@ def damaged(data: bytes, other: bytes, changes: list[tuple[str, float, float, in
     return data
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", fuzzing.NAMES)
 def test_damaged_bytes(name: str) -> None:
     found = seeds(name)
@@ -95,6 +97,7 @@ def test_damaged_bytes(name: str) -> None:
     run()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", fuzzing.NAMES)
 def test_changed_structure(name: str) -> None:
     found = seeds(name)

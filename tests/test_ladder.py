@@ -310,6 +310,7 @@ def ladder(source: Path, out: Path, fault: Fault, *, overwrite: bool) -> str:
     return "done"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", MODES)
 def test_every_operation_may_fail(source: Path, alone: dict[str, bytes], out: Path, mode: str) -> None:
     good = {name: alone[name] for name in ("o-2bit.hlwq", "o-5bit.hlwq")}

@@ -441,6 +441,7 @@ def read_ids(out: Path) -> set[str]:
     return found
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_every_operation_may_fail(source: Path, other: Path, out: Path, mode: str, overwrite: bool) -> None:
@@ -519,6 +520,7 @@ def test_a_death_while_cutting_resumes(source: Path, out: Path, monkeypatch: pyt
     assert sorted(contents(out)) == SMALL_NAMES
 
 
+@pytest.mark.once
 def test_a_power_cut(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names may survive of what is not there, and contents without names: nothing opens but the whole new set."""
     monkeypatch.setattr(journal, "CHECKPOINT_SECONDS", 0)

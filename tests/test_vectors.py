@@ -111,6 +111,7 @@ def test_every_file_is_listed_and_every_class_is_shown() -> None:
     assert shown == in_table
 
 
+@pytest.mark.once
 def test_vectors_are_current() -> None:
     script = ROOT / "scripts" / "make_vectors.py"
     done = subprocess.run([sys.executable, "-B", script, "--check"], capture_output=True, text=True, timeout=60)
