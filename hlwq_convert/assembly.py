@@ -18,6 +18,7 @@ from hlwq_formats.safetensors_dir import SourceTensor
 from hlwq_formats.split import header_of, plan_parts
 from hlwq_formats.writer import Writer, Writers
 
+from .device import Device
 from .entries import Output
 from .inspection import Inspection, Report, inspect_reader, printable
 from .job import Job, make_metadata
@@ -29,7 +30,6 @@ from .self_check import self_check
 from .sizing import long_parts, planned_metadata, total_bytes
 from .source_digests import digest_tensor
 from .store import Run, write_tensors
-from .survey import MakeEncoder
 from .trellis import row_of
 
 Progress = Callable[[str, int, int], None]
@@ -45,8 +45,7 @@ class Settings:
     overwrite: bool
     resume: bool
     nonfinite: str
-    make_encoder: MakeEncoder
-    piece: int  # weights that it likes to get at once
+    device: Device
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,8 @@ def assemble(
     source, ahead = job.source, 2 * settings.workers
     total = len(plannings) * sum(tensor.length for tensor in source.tensors)
     run = Run(
-        source.model, pool, settings.workers, job.recipe.effort, settings.nonfinite, settings.make_encoder,
-        settings.piece, stepper(progress, "converting", total),
+        source.model, pool, settings.workers, job.recipe.effort, settings.nonfinite, settings.device,
+        stepper(progress, "converting", total),
     )  # fmt: skip
     stored = [tensor for tensor in source.tensors if tensor.name not in aliases]
     digest = functools.cache(partial(digest_tensor, source.model))
@@ -120,7 +119,7 @@ def assemble(
                 listed.append(md.Asset(name, [output.writer.write_section("asset", content, compress=True)]))
         source.model.check_unchanged()
         step = stepper(progress, "checking", total)
-        check = partial(self_check, pool=pool, workers=settings.workers, step=step)
+        check = partial(self_check, pool=pool, workers=settings.workers, piece=settings.device.piece, step=step)
         return [_commit(*each, check) for each in zip(plannings, outputs, signs, assets, strict=True)]
     except BaseException as error:
         run.stop.set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +12,11 @@ from typing import Literal, Unpack
 
 from hlwq_formats.atomic import check_destination
 from hlwq_formats.cut import check_place, remove_leftovers
-from hlwq_formats.errors import CannotCreate, Internal, NoDevice, Usage, escape
+from hlwq_formats.errors import CannotCreate, Internal, Usage, escape
 from hlwq_formats.writer import Writers
 
 from .assembly import Made, Planning, Progress, Settings, assemble
+from .device import choose_device
 from .duplicates import find_duplicates
 from .inspection import Inspection
 from .job import Job, Options, prepare, prepare_all
@@ -24,11 +24,8 @@ from .ladder import Rung, make_rungs, path_of
 from .parallel import default_workers
 from .plan import Choice
 from .publishing import publish
-from .quantize import CHUNK, ScalarCode
 from .sizing import find_steps, weights_of
 from .source import Source
-from .survey import Encode, MakeEncoder
-from .trellis import TrellisCode
 
 TOLERANCE = 0.002
 """How much smaller than asked for a file of variable rate may be; it is never larger."""
@@ -124,14 +121,13 @@ def run(
         raise Usage(f"nonfinite is {escape(str(nonfinite))}, expected error or raw")
     if workers is not None and (type(workers) is not int or workers < 1):
         raise Usage(f"workers is {escape(str(workers))}, expected 1 or more")
-    make_encoder = choose_encoder(device)
+    workers = workers or default_workers()
+    encoding = choose_device(device, workers)
     for out in outs:
         check_output_place(out, jobs[0].source, allow_inside_source=allow_inside_source)
         (check_destination if jobs[0].split_size is None else check_place)(out, overwrite=overwrite)
         remove_leftovers(out)
-    workers = workers or default_workers()
-    piece = _choose_piece(device, workers)
-    settings = Settings(workers, overwrite, resume, nonfinite, make_encoder, piece)
+    settings = Settings(workers, overwrite, resume, nonfinite, encoding)
     compile_kernels(jobs, progress)
     with ThreadPoolExecutor(workers, "hlwq") as pool, Writers() as writers:
         aliases = find_duplicates(jobs[0].source.model, jobs[0].source.tensors)
@@ -218,38 +214,6 @@ def compile_kernels(jobs: Sequence[Job], progress: Progress | None = None) -> fl
         return warm_up(sorted(scalar), sorted(trellis))
     finally:
         notice.cancel()
-
-
-def choose_encoder(device: str) -> MakeEncoder:
-    """What encodes on `device`: "cpu", "cuda" or "cuda:N". Raises NoDevice (69) where there is none."""
-    if device == "cpu":
-        return _on_cpu
-    if re.fullmatch(r"cuda(:\d{1,3})?", device) is None:
-        raise Usage(f"device is {escape(device)}, expected cpu, cuda or cuda:N")
-    try:
-        from .runtime.gpu import make_encoders
-    except ImportError:
-        raise NoDevice(
-            f"device {device} needs torch", hint="install hlwq-convert[torch] or leave out --device"
-        ) from None
-    return make_encoders(device)
-
-
-def _on_cpu(code: ScalarCode | TrellisCode) -> Encode:
-    # not before something is encoded: numba takes time and memory
-    from .kernels.encode import encoder
-    from .kernels.trellis import encoder as trellis_encoder
-
-    if isinstance(code, TrellisCode):
-        return trellis_encoder(code)
-    encode = encoder(code)
-    return lambda raw, start: encode(raw)
-
-
-def _choose_piece(device: str, workers: int) -> int:
-    """Weights to encode at once. What Python does for a piece is done by one thread at a time, for all of them: it is
-    to be short beside the encoding, which many threads, and GPUs, make short."""
-    return CHUNK * (8 if device != "cpu" else 4 if workers >= 8 else 1)
 
 
 def _ignore(stage: str, done: int, total: int) -> None:

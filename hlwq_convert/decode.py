@@ -16,8 +16,9 @@ from hlwq_formats import metadata as md
 from hlwq_formats import rans
 from hlwq_formats.dtypes import BIT_PATTERNS, NUMPY, widen
 from hlwq_formats.errors import BadTensor, UnsupportedDtype
+from hlwq_formats.files import Memory
 from hlwq_formats.layout import BLOCK, numel
-from hlwq_formats.reader import Memory, Reader
+from hlwq_formats.reader import Reader
 
 from .parallel import InOrder, call, default_workers, ordered_map
 from .quantize import CHUNK, ScalarCode

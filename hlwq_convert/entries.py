@@ -22,7 +22,7 @@ from .inspection import TensorReport
 from .journal import Journal
 from .metrics import ErrorSums
 from .plan import Choice
-from .quantize import EncodedChunk, ScalarCode, all_finite, combine
+from .quantize import EncodedChunk, ScalarCode
 from .scalar import Effort
 from .survey import Surveyed
 from .trellis import EncodedIndices, TrellisCode
@@ -107,23 +107,26 @@ def _open_raw(writer: Writer, of: Surveyed) -> Opened:
 
 def _measure(output: Output, of: Surveyed, opened: Opened) -> Opened:
     """The same with what is measured on a quantized tensor."""
+    from .kernels.checksum import combine
+
     tensor = of.tensor
-    sums, checksums, finite = ErrorSums(), list[int](), True
+    sums, checksums = ErrorSums(), list[int]()
     counts = np.zeros(2, np.int64)  # of the indices of a trellis
 
     def take(chunk: Content) -> None:
-        nonlocal counts, finite
+        nonlocal counts
         assert not isinstance(chunk, bytes)
         opened.take(chunk)
         sums.add(chunk.sums)
         checksums.extend(combine(chunk.checksums))
-        finite &= all_finite(chunk.sums)
         if isinstance(chunk, EncodedIndices):
             counts = add_counts(counts, chunk.counts)
 
     def finish(source: str) -> md.StoredTensor:
         closeness = sums.closeness()
-        what = "infinity" if not finite else "zeros" if closeness is not None and closeness.cosine == 0 else None
+        what = (
+            "infinity" if not sums.is_finite() else "zeros" if closeness is not None and closeness.cosine == 0 else None
+        )
         if what is not None and isinstance(of.code, TrellisCode):
             raise CannotDecode(what)
         if what is not None:  # the survey keeps such tensors raw

@@ -14,16 +14,21 @@ class ErrorSums:
     does not depend on how the tensor was cut into chunks."""
 
     def __init__(self) -> None:
-        self._totals = np.zeros((4, 1))
+        self._totals = np.zeros(4)
 
     def add(self, sums: NDArray[np.float32]) -> None:
         """Add the (4, n_blocks) sums of the next chunk: source energy, decoded energy, product, error energy."""
-        # cumsum adds strictly from left to right; sum does not
-        self._totals = np.cumsum(np.concatenate([self._totals, sums], axis=1), axis=1)[:, -1:]
+        from .kernels.measure import add_sums
+
+        add_sums(sums, self._totals)
+
+    def is_finite(self) -> bool:
+        """Whether every decoded weight of what was added is finite."""
+        return math.isfinite(self._totals[1])
 
     def closeness(self) -> Closeness | None:
         """The measures of everything added; None when the source was all zero."""
-        source, decoded, product, error = (float(total) for total in self._totals[:, 0])
+        source, decoded, product, error = (float(total) for total in self._totals)
         if source == 0:
             return None
         norms = math.sqrt(source) * math.sqrt(decoded)

@@ -9,8 +9,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -100,6 +101,37 @@ def take_turns(iterators: Iterable[Iterator[T]], width: int) -> Iterator[T]:
             break
         else:
             active.extend(islice(waiting, 1))
+
+
+class Helpers:
+    """Threads that have nothing else to do, who take tasks from those that have too much."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._free = threading.Semaphore(0)
+        self._given: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+
+    def tasks(self) -> Iterable[Callable[[], None]]:
+        """What a pool is to do behind everything else; these tasks end at `stop`."""
+        return repeat(self._help, self._count)
+
+    def _help(self) -> None:
+        self._free.release()
+        while (task := self._given.get()) is not None:
+            task()
+            self._free.release()
+
+    def give(self, task: Callable[[], object]) -> None:
+        """Have it done by a thread that is free, and here and now when none is. An error there ends that helper."""
+        if self._free.acquire(blocking=False):
+            self._given.put(task)
+        else:
+            task()
+
+    def stop(self) -> None:
+        """Nothing more will be given: helpers end when they have done what was."""
+        for _ in range(self._count):
+            self._given.put(None)
 
 
 class InOrder(Generic[T]):

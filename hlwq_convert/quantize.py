@@ -8,7 +8,6 @@ This is the reference, in NumPy; kernels.encode and kernels.decode give the same
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +64,7 @@ def choose_exponent(largest: float) -> int:
     return min(max(int(np.frexp(largest)[1]) - 1 - _TOP_EXPONENT, -126), 112)
 
 
-def quantize(raw: bytes, code: ScalarCode) -> EncodedChunk:
+def quantize(raw: bytes | memoryview, code: ScalarCode) -> EncodedChunk:
     """Encode source bytes of `code.dtype`: whole blocks of weights, but for the end of the tensor."""
     to_unit = power_of_two(-code.exponent)
     weights = widen(raw, code.dtype) * to_unit
@@ -102,30 +101,12 @@ def dequantize(
         return from_blocks(code.signs * (scale[:, None] * values), count)
 
 
-def all_finite(sums: NDArray[np.float32]) -> bool:
-    """Whether every decoded weight of blocks with these sums is finite."""
-    return bool(np.isfinite(sums[1]).all())
-
-
 def block_checksums(decoded: NDArray[np.generic]) -> NDArray[np.uint32]:
     """(n_blocks,) sums modulo 2**32 of the bit patterns of (count,) weights, each times its multiplier."""
     bits = np.zeros(count_blocks(len(decoded)) * BLOCK, np.uint32)
     bits[: len(decoded)] = decoded.view(f"<u{decoded.itemsize}")
     checksums: NDArray[np.uint32] = (bits.reshape(-1, BLOCK) * CHECKSUM_WEIGHTS).sum(axis=1, dtype=np.uint32)
     return checksums
-
-
-def combine(checksums: NDArray[np.uint32]) -> list[int]:
-    """One checksum for each CHUNK of weights, the last maybe less, from those of their blocks."""
-    data, size = checksums.astype("<u4", copy=False).data.cast("B"), 4 * CHUNK // BLOCK
-    return [_crc(data[start : start + size]) for start in range(0, max(len(data), 1), size)]
-
-
-def _crc(data: memoryview) -> int:
-    crc = 0
-    for start in range(0, len(data), 4096):  # for more, zlib lets go of the interpreter, and waits to get it back
-        crc = zlib.crc32(data[start : start + 4096], crc)
-    return crc
 
 
 def power_of_two(exponent: int) -> np.float32:

@@ -3,9 +3,10 @@ the bits that its error was measured on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,39 +18,56 @@ from hlwq_formats.layout import BLOCK, count_blocks, numel
 from hlwq_formats.reader import Reader
 
 from .decode import Piece, pieces, stored_bytes
-from .parallel import ordered_map
-from .quantize import CHUNK, combine
+from .parallel import Helpers, call, ordered_map
+from .quantize import CHUNK
 
-_PIECE = 4 * CHUNK  # weights that are decoded at once
+_AHEAD = 1 << 12  # tensors that may wait: while one thread has the largest, the others are to find enough
 
 
 def self_check(
-    reader: Reader, checksums: dict[str, list[int]], pool: ThreadPoolExecutor, workers: int, step: Callable[[int], None]
+    reader: Reader,
+    checksums: dict[str, list[int]],
+    pool: ThreadPoolExecutor,
+    workers: int,
+    piece: int,
+    step: Callable[[int], None],
 ) -> None:
-    """Verify a whole file, each tensor in a thread; `checksums` are those of the chunks of its quantized tensors.
+    """Verify a whole file, each tensor in a thread, `piece` weights at a time; `checksums` are those of the chunks of
+    its quantized tensors.
 
     Raises what Reader.verify raises, or SelfCheckFailed (70).
     """
     reader.verify_shared()
     tensors = [tensor for tensor in reader.metadata.tensors if not isinstance(tensor, md.AliasTensor)]
     tensors.sort(key=stored_bytes, reverse=True)  # the last to end is then a small one
-    # while one thread has the largest, the others are to find enough
-    for done in ordered_map(pool, 16 * workers, partial(_check, reader, checksums), tensors):
-        step(done)
+    helpers = Helpers(workers - 1)
+    tasks: Iterator[Callable[[], int | None]]
+    tasks = chain((partial(_check, reader, checksums, piece, helpers, tensor) for tensor in tensors), helpers.tasks())
+    results = ordered_map(pool, _AHEAD, call, tasks)
+    try:
+        for done in islice(results, len(tensors)):
+            step(done or 0)
+    finally:
+        helpers.stop()
+    for _ in results:
+        pass
 
 
-def _check(reader: Reader, checksums: dict[str, list[int]], tensor: md.StoredTensor) -> int:
-    """Verify a tensor, and return the bytes of its source."""
+def _check(
+    reader: Reader, checksums: dict[str, list[int]], size: int, helpers: Helpers, tensor: md.StoredTensor
+) -> int:
+    """Verify a tensor, and return the bytes of its source. What is left of it when there is nothing else to do is
+    checked by all threads."""
     if isinstance(tensor, md.RawTensor):
         reader.verify_tensor(tensor)
     else:
-        for piece in pieces(reader, tensor, tensor.dtype, _PIECE):
-            _check_piece(reader.path, tensor, piece, checksums[tensor.name])
+        for piece in pieces(reader, tensor, tensor.dtype, size):
+            helpers.give(partial(_check_piece, reader.path, tensor, piece, checksums[tensor.name]))
     return numel(tensor.shape) * ITEM_BITS[tensor.dtype] // 8
 
 
 def _check_piece(file: str, tensor: md.QuantizedTensor, piece: Piece, expected: list[int]) -> None:
-    from .kernels.checksum import checksums
+    from .kernels.checksum import checksums, combine
 
     bits: NDArray[np.unsignedinteger] = np.empty(count_blocks(piece.count) * BLOCK, BIT_PATTERNS[tensor.dtype])
     bits[piece.count :] = 0

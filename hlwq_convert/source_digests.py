@@ -9,15 +9,23 @@ import re
 from collections.abc import Callable
 
 from hlwq_formats.errors import BadModelDir, Usage
+from hlwq_formats.files import Memory, new_memory
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 
 _PIECE = 4 << 20
 
 
-def digest_tensor(model: ModelDir, tensor: SourceTensor, step: Callable[[int], None] = lambda count: None) -> str:
-    """SHA-256 of a tensor's bytes, in hexadecimal. `step` is called with the bytes of each piece, and may raise."""
+def digest_tensor(
+    model: ModelDir,
+    tensor: SourceTensor,
+    step: Callable[[int], None] = lambda count: None,
+    memory: Memory = new_memory,
+    size: int = _PIECE,
+) -> str:
+    """SHA-256 of a tensor's bytes, in hexadecimal, read to `memory` in pieces of `size`. `step` is called with the
+    bytes of each, and may raise."""
     digest = hashlib.sha256()
-    for piece in model.stream(tensor, _PIECE):
+    for piece in model.stream(tensor, size, memory):
         digest.update(piece)
         step(len(piece))
     return digest.hexdigest()

@@ -6,36 +6,32 @@ bytes again, then mostly from the page cache: keeping them would cost the memory
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hlwq_formats.dtypes import BIT_PATTERNS, ITEM_BITS, widen
+from hlwq_formats.dtypes import ITEM_BITS, widen
 from hlwq_formats.errors import NonFinite
 from hlwq_formats.layout import BLOCK, count_blocks
 from hlwq_formats.rans import SEGMENT
 from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 
 from .codebook import GROUP, sample_groups
+from .device import Device, Encode
 from .metrics import ErrorSums
 from .plan import Choice
-from .quantize import EncodedChunk, ScalarCode, all_finite, choose_exponent
+from .quantize import ScalarCode, choose_exponent
 from .rotate import sign_vector
 from .scalar import Effort
-from .trellis import STATES, EncodedIndices, TrellisCode, fit, is_storable, plain_code, row_of, row_scales
+from .trellis import STATES, TrellisCode, fit, is_storable, plain_code, row_of, row_scales
 
-_PIECE = 4 << 20  # bytes; less would be looked at in the core's cache, but many threads would wait for each other
+_PIECE = 4 << 20  # bytes that are encoded at once to see what comes of them
 
 _SAFE = {"F16": 2.0**11, "BF16": 2.0**123, "F32": 2.0**123}
 """Scalar codes never make weights infinite whose largest is smaller than this: the fitted scale of a block gives it no
 more than its norm, sqrt(128) times the largest weight, but for the rounding of the scale."""
-
-
-Encode = Callable[[bytes, int], EncodedChunk | EncodedIndices]
-"""Encode source bytes, given the flat index of their first weight."""
 
 
 Sample = list[tuple[int, bytes]]
@@ -54,20 +50,12 @@ class Surveyed:
     packed: bool = False  # codes are not to be compressed
 
 
-MakeEncoder = Callable[[ScalarCode | TrellisCode], Encode]
-"""What encodes the chunks of a tensor on the CPU or on another device, with the same bits."""
-
-
-class Stopped(Exception):
-    """The conversion ended while a survey ran."""
-
-
 def survey(
     model: ModelDir, tensor: SourceTensor, choices: Sequence[Choice], effort: Effort, nonfinite: str,
-    stop: threading.Event, make_encoder: MakeEncoder,
+    device: Device, look: Callable[[memoryview], None] = lambda piece: None,
 ) -> list[Surveyed]:  # fmt: skip
     """Read a tensor that is to be quantized, once, and find its code for each of the choices; what is raw in all of
-    them is not read.
+    them is not read. `look` is called with each piece that is read, and may raise.
 
     Raises NonFinite (65) for NaN or infinity, unless `nonfinite` is "raw": then the tensor stays raw.
     """
@@ -78,15 +66,14 @@ def survey(
     row, variable = row_of(tensor.shape), any(choice.encoding == "trellis" for choice in choices)
     energies = RowEnergies(tensor.dtype, row, tensor.numel // row) if variable else None
     largest, loudest, zeros = 0.0, b"", 0
-    for raw in model.stream(tensor, _PIECE):
-        if stop.is_set():
-            raise Stopped
+    for raw in model.stream(tensor, device.piece * ITEM_BITS[tensor.dtype] // 8, device.memory):
+        look(raw)
         found, more_zeros = survey_weights(raw, tensor.dtype)
         if not np.isfinite(found):
             reason = _explain_nonfinite(model, tensor, nonfinite)
             return [Surveyed(tensor, choice.reason if choice.encoding == "raw" else reason) for choice in choices]
         if found > largest:
-            largest, loudest = found, _loudest_block(raw, tensor.dtype)
+            largest, loudest = found, _loudest_block(raw, tensor.dtype, found)
         zeros += more_zeros
         if energies is not None:
             energies.add(raw)
@@ -104,7 +91,7 @@ def survey(
             code = _fit_scalar(tensor, sample, exponent, choice.bits, effort)
         else:
             return Surveyed(tensor, choice.reason)
-        encode = make_encoder(code)
+        encode = device.make_encoder(code)
         if isinstance(code, ScalarCode) and (what := _decodes_to(model, tensor, encode, largest, loudest)):
             return Surveyed(tensor, f"quantized it would decode to {what}")
         return Surveyed(tensor, choice.reason, code, encode, zeros)
@@ -134,11 +121,12 @@ def _fit_trellis(
     return fit(code, steps, indices.ravel()[: len(steps)])
 
 
-def _loudest_block(raw: memoryview, dtype: str) -> bytes:
+def _loudest_block(raw: memoryview, dtype: str, largest: float) -> bytes:
     """The bytes of the block with the largest weight of a piece, which begins with a block."""
-    magnitudes = np.frombuffer(raw, BIT_PATTERNS[dtype]) << 1  # without the sign
-    size = BLOCK * magnitudes.itemsize
-    start = int(np.argmax(magnitudes)) // BLOCK * size
+    from .kernels.survey import find_magnitude
+
+    size = BLOCK * ITEM_BITS[dtype] // 8
+    start = find_magnitude(raw, dtype, largest) // BLOCK * size
     return bytes(raw[start : start + size])
 
 
@@ -149,10 +137,9 @@ def _decodes_to(model: ModelDir, tensor: SourceTensor, encode: Encode, largest: 
         return ""
     sums, first = ErrorSums(), 0
     for raw in model.read_pieces(tensor, _pieces(tensor)):
-        chunk = encode(raw, first)
-        if not all_finite(chunk.sums):
+        sums.add(encode(raw, first).sums)
+        if not sums.is_finite():
             return "infinity"
-        sums.add(chunk.sums)
         first += len(raw) * 8 // ITEM_BITS[tensor.dtype]
     closeness = sums.closeness()
     return "zeros" if closeness is not None and closeness.cosine == 0 else ""

@@ -213,7 +213,7 @@ def find_indices(steps: NDArray[np.float32], states: int) -> NDArray[np.int32]:
     return search(padded.reshape(-1, SEGMENT), states).reshape(-1)[:n].reshape(-1, BLOCK)
 
 
-def quantize(raw: bytes, start: int, code: TrellisCode) -> EncodedIndices:
+def quantize(raw: bytes | memoryview, start: int, code: TrellisCode) -> EncodedIndices:
     """Encode source bytes of `code.dtype`, weights from flat index `start`: whole chunks, but for the tensor's end."""
     to_unit = power_of_two(-code.exponent)
     weights = widen(raw, code.dtype) * to_unit

@@ -16,14 +16,13 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
-from threading import Event
 
 import numpy as np
 from benchmark_peers import make_peers, version_of
 from numpy.typing import NDArray
 
 import hlwq_convert as h
-from hlwq_convert.conversion import choose_encoder
+from hlwq_convert.device import choose_device
 from hlwq_convert.job import prepare
 from hlwq_convert.plan import Choice
 from hlwq_convert.quantize import CHUNK, ScalarCode
@@ -90,7 +89,7 @@ class Part:
 
 def take_sample(model_dir: Path, limit: int) -> list[Part]:
     """Up to `limit` weights of the bfloat16 tensors that are quantized, an eighth of them from one at most."""
-    make_encoder = choose_encoder("cpu")
+    device = choose_device("cpu", 1)
     job = prepare(model_dir, BITS)
     parts: list[Part] = []
     for tensor in job.source.tensors:
@@ -101,14 +100,14 @@ def take_sample(model_dir: Path, limit: int) -> list[Part]:
             continue
         codes, widths = {}, (4, 5)
         choices = [Choice(bits, "benchmark") for bits in widths]
-        surveyed = survey(job.source.model, tensor, choices, "default", "error", Event(), make_encoder)
+        surveyed = survey(job.source.model, tensor, choices, "default", "error", device)
         for bits, found in zip(widths, surveyed, strict=True):
             assert isinstance(found.code, ScalarCode)
             codes[bits] = found.code
         trellises = {}
         for effort, states in STATES.items():
             choice = Choice(None, "benchmark", TRELLIS_STEP)
-            (found,) = survey(job.source.model, tensor, [choice], effort, "error", Event(), make_encoder)
+            (found,) = survey(job.source.model, tensor, [choice], effort, "error", device)
             assert isinstance(found.code, TrellisCode)
             trellises[states] = found.code
         size = 2 * rows * columns

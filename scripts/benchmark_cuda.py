@@ -58,14 +58,14 @@ def kernel_rows(weights: int) -> list[Row]:
             code = ScalarCode("BF16", bits, exponent, normal_levels(bits), sign_vector(), effort)
             encoder = DeviceEncoder(code, device)
             result = torch.empty(encoder.result_bytes(n_blocks), dtype=torch.uint8, device=device)
+            parts = encoder.parts(n_blocks, result)
             rows.append(
                 measure_kernel(
                     f"encode {bits} bits, {effort}", copies, weights, 2 * weights + len(result),
-                    lambda encoder=encoder, result=result: encoder.encode(items.view(torch.int32), n_blocks, result),
+                    lambda encoder=encoder, parts=parts: encoder.encode(items.view(torch.int32), parts),
                 )
             )  # fmt: skip
-        packed = result[: n_blocks * 16 * bits].view(torch.int32)
-        scales = result[-2 * n_blocks :].view(torch.float16)
+        packed, scales = parts.packed, parts.scales
         for dtype in ("BF16", "F16", "F32") if bits == 5 else ("BF16",):
             out = torch.empty(weights, dtype=OWN[dtype], device=device)
             decoder = DeviceCode(ScalarCode(dtype, bits, exponent, normal_levels(bits), sign_vector()), device)

@@ -262,10 +262,10 @@ def test_an_interrupt_keeps_what_a_checkpoint_had_secured(
 def test_a_failure_leaves_nothing_to_resume(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "CHECKPOINT_SECONDS", 0)
 
-    def fail(sums: object) -> bool:
+    def fail(*sums: object) -> None:
         raise IoFailure("planted")
 
-    monkeypatch.setattr(entries, "all_finite", fail)
+    monkeypatch.setattr(entries.ErrorSums, "add", fail)
     with pytest.raises(IoFailure, match="planted"):
         h.convert(source, out)
     assert list(out.parent.iterdir()) == []

@@ -27,7 +27,6 @@ from hlwq_convert.kernels.tables import largest_step
 from hlwq_convert.normal_levels import normal_levels
 from hlwq_convert.quantize import (
     ScalarCode,
-    all_finite,
     block_checksums,
     choose_exponent,
     dequantize,
@@ -103,8 +102,8 @@ def test_encoding_gives_the_bits_of_the_reference(data: st.DataObject, values: F
     assert bytes(found.scales) == expected.scales
     assert bytes(found.codes) == expected.codes
     assert found.checksums.tolist() == expected.checksums.tolist()
-    assert all_finite(found.sums) == all_finite(expected.sums)
-    if all_finite(expected.sums):
+    assert np.isfinite(found.sums[1]).all() == np.isfinite(expected.sums[1]).all()
+    if np.isfinite(expected.sums[1]).all():
         assert found.sums.tobytes() == expected.sums.tobytes()
 
 
@@ -162,7 +161,7 @@ def test_measuring_gives_the_sums_of_the_encoder(data: st.DataObject, values: Fl
     raw = narrow(np.clip(values, -LIMIT[dtype], LIMIT[dtype]), dtype).tobytes()
     code = code_for(data.draw, widen(raw, dtype), dtype)
     chunk = quantize(raw, code)
-    assume(all_finite(chunk.sums))
+    assume(np.isfinite(chunk.sums[1]).all())
     pair = np.zeros((2, len(chunk.checksums) * 128), BIT_PATTERNS[dtype])
     pair[0, : len(values)] = np.frombuffer(raw, BIT_PATTERNS[dtype])
     decoder(code, dtype)(chunk.codes, np.frombuffer(chunk.scales, np.float16), pair[1, : len(values)])

@@ -137,7 +137,7 @@ def test_the_source_is_read_once(
     reads.clear()
     h.convert_ladder(source, out, **options)
     shards = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    assert sum(length * times for (_, _, length), times in once.items()) > 3 * shards  # decision 8
+    assert sum(length * times for (_, _, length), times in once.items()) > 2 * shards  # decision 8
     assert reads == once
 
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
 from .errors import IoFailure, MissingInput, SourceChanged
 
+Memory = Callable[[int], memoryview]
+"""Gives writable memory of so many bytes, for something to be read to."""
+
 _SEEK_LOCK = threading.Lock()
+
+
+def new_memory(size: int) -> memoryview:
+    """Memory of its own for each call."""
+    return memoryview(bytearray(size))
 
 
 class ByteSource(Protocol):

@@ -22,7 +22,7 @@ from . import bitpack, rans
 from . import metadata as md
 from .digest import PipelinedDigest
 from .errors import BadDigest, BadFrames, BadLayout, BadValues, Usage, escape
-from .files import ByteSource, InputFile
+from .files import ByteSource, InputFile, Memory
 from .layout import (
     BLOCK,
     HEADER_LEN,
@@ -40,8 +40,6 @@ CHUNK = 4 << 20
 MAX_LEVEL = 65504.0
 MAX_ROW_SCALE = 248  # times 128: the bits of infinity as a float16
 
-Memory = Callable[[int], memoryview]
-"""Gives writable memory of so many bytes, for something to be read to."""
 _Piece = TypeVar("_Piece", bytes, memoryview)
 _Error = TypeVar("_Error", BadFrames, BadValues)
 
@@ -57,10 +55,14 @@ class Reader:
 
     `source` is the path of a regular file, or whatever else gives bytes by position: it is closed with the reader.
     `header` stands in for the first 128 bytes of a file whose header is not written yet: the writer
-    checks its work through this class before it commits.
+    checks its work through this class before it commits. `pipelined` is for one thread that reads: another hashes what
+    it has read.
     """
 
-    def __init__(self, source: str | os.PathLike[str] | ByteSource, *, header: bytes | None = None) -> None:
+    def __init__(
+        self, source: str | os.PathLike[str] | ByteSource, *, header: bytes | None = None, pipelined: bool = True
+    ) -> None:
+        self._new_digest = PipelinedDigest if pipelined else hashlib.sha256
         self._file = InputFile(source) if isinstance(source, str | os.PathLike) else source
         try:
             self._open(header)
@@ -168,7 +170,7 @@ class Reader:
         section, offset = self._sections[i], self._offsets[i]
         gap_start = self._offsets[i - 1] + self._sections[i - 1].length if i else HEADER_LEN
         self._check_padding(gap_start, self._file.read(gap_start, offset - gap_start))
-        digest, end = PipelinedDigest(), offset + section.length
+        digest, end = self._new_digest(), offset + section.length
         for size in repeat(chunk) if isinstance(chunk, int) else chunk:
             if offset == end:
                 break

@@ -20,7 +20,7 @@ from typing import cast
 
 from .dtypes import ITEM_BITS, nbytes
 from .errors import BadModelDir, BadSafetensors, MissingInput, SourceChanged, UnsafePath, UnsupportedDtype, escape
-from .files import InputFile
+from .files import InputFile, Memory, new_memory
 from .layout import MAX_NUMEL, numel
 from .metadata import MAX_NAME_BYTES
 from .paths import unsafe_path
@@ -186,9 +186,14 @@ class ModelDir:
             for start, length in places:
                 yield shard.read(tensor.offset + start, length)
 
-    def stream(self, tensor: SourceTensor, size: int) -> Iterator[memoryview]:
-        """The bytes of a tensor, `size` at a time, each piece in the memory of the one before."""
-        buffer = memoryview(bytearray(min(size, tensor.length)))
+    def read_into(self, tensor: SourceTensor, start: int, buffer: memoryview) -> None:
+        """`read` to writable memory of as many bytes."""
+        with self._reopen(tensor.file) as shard:
+            shard.read_into(tensor.offset + start, buffer)
+
+    def stream(self, tensor: SourceTensor, size: int, memory: Memory = new_memory) -> Iterator[memoryview]:
+        """The bytes of a tensor, `size` at a time, each piece in the same `memory`."""
+        buffer = memory(min(size, tensor.length))
         with self._reopen(tensor.file) as shard:
             for start in range(0, tensor.length, size):
                 piece = buffer[: tensor.length - start]
@@ -209,8 +214,8 @@ class ModelDir:
     def _reopen(self, file: str) -> InputFile:
         """Open a file again, or for the first time; SourceChanged when it is not what it was then."""
         known = self._identities.get(file)
-        try:
-            opened = self._open(file)
+        try:  # a file that is the one that was looked at needs no second look at its path
+            opened = self._open(file) if known is None else InputFile(self.path / file, file)
         except MissingInput as error:
             if known is None:
                 raise

@@ -171,7 +171,7 @@ class Writer:
     def commit(self, metadata: md.Metadata, verify: Callable[[Reader], None] = Reader.verify) -> None:
         """Write the metadata, verify the file through the public reader and write the header: all but its name.
 
-        A `verify` of one's own must read every section; it may raise SelfCheckFailed.
+        A `verify` of one's own must read every section, best by several threads; it may raise SelfCheckFailed.
         """
         self._file.commit(self.prepare(metadata, verify))
 
@@ -179,7 +179,7 @@ class Writer:
         """`commit` without the header, which is returned: for `publish_parts`."""
         encoded = self._write_metadata(metadata).encode()
         try:
-            with Reader(self._file.part, header=encoded) as reader:
+            with Reader(self._file.part, header=encoded, pipelined=False) as reader:
                 verify(reader)
         except (BadData, UnsupportedFeature) as error:
             raise SelfCheckFailed(f"the written file does not read back: {error}; nothing was published") from error

@@ -98,7 +98,8 @@ def command(
 
     Several values, as in --bpw 3.5,4.25, make a file for each in one pass: OUTPUT-3.5bpw.hlwq, OUTPUT-4.25bpw.hlwq.
     """
-    from ..conversion import choose_encoder, compile_kernels, run
+    from ..conversion import compile_kernels, run
+    from ..device import choose_device
     from ..hub.download import local_model
     from ..job import prepare_all
     from ..ladder import make_rungs, path_of
@@ -106,7 +107,7 @@ def command(
 
     keep_freed_memory()
     began = time.monotonic()
-    choose_encoder(device)  # before anything is read
+    choose_device(device, 1)  # before anything is read
     with ProgressLine(quiet=quiet) as progress:
         folder = local_model(model, progress, bars=not quiet and sys.stderr.isatty())
     rungs = make_rungs(bits or (), bpw or (), size or ())

@@ -91,7 +91,7 @@ def _encode(
         measure_block(source, scale(widen(decoded, kind), to_unit), sums, b)
 
 
-def encoder(code: ScalarCode) -> Callable[[bytes], EncodedChunk]:
+def encoder(code: ScalarCode) -> Callable[[bytes | memoryview], EncodedChunk]:
     """quantize.quantize for chunks of one tensor, with the same bits: source bytes in, EncodedChunk out."""
     gains, penalty = gains_of(code.effort), penalty_of(code.effort, code.bits)
     midpoints = (code.levels[:-1] + code.levels[1:]) * np.float32(0.5)
@@ -100,7 +100,7 @@ def encoder(code: ScalarCode) -> Callable[[bytes], EncodedChunk]:
     steps = largest_step(midpoints, gains)
     block_bytes = BLOCK * ITEM_BITS[code.dtype] // 8
 
-    def encode(raw: bytes) -> EncodedChunk:
+    def encode(raw: bytes | memoryview) -> EncodedChunk:
         n_blocks = len(raw) // block_bytes
         packed = np.empty(n_blocks * 16 * code.bits + SLACK, np.uint8)
         scales = np.empty(n_blocks, np.uint16)

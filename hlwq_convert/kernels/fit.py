@@ -7,14 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hlwq_formats.dtypes import ITEM_BITS
-from hlwq_formats.layout import BLOCK
-
 from ..codebook import BINS, MAX_ITERATIONS, REACH, fit_histogram
 from ..quantize import power_of_two
 from .block import block_sum, divide, fwht, load_block, multiply, scale, shift, store_block, to_bits, widen
 from .compiled import kernel
-from .tables import KINDS, items_of
+from .tables import KINDS, whole_blocks
 
 
 @kernel
@@ -73,8 +70,6 @@ def _first_centre_from(value: float) -> int:
 
 def fit(raw: bytes, dtype: str, exponent: int, signs: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
     """(2**bits,) float32 levels for a tensor of `dtype`, from the bytes of its sampled blocks."""
-    block_bytes = BLOCK * ITEM_BITS[dtype] // 8
     counts = np.zeros(BINS, np.int64)
-    padded = raw + bytes(-len(raw) % block_bytes)
-    alive = _histogram(items_of(padded, dtype), KINDS[dtype], power_of_two(-exponent), signs, counts)
+    alive = _histogram(whole_blocks(raw, dtype), KINDS[dtype], power_of_two(-exponent), signs, counts)
     return fit_histogram(counts, alive, bits, _lloyd_max)

@@ -40,3 +40,15 @@ def measure(
     sums = np.empty((4, len(items) // BLOCK), np.float32)
     _measure(items, decoded, KINDS[dtype], power_of_two(-exponent), sums)
     return sums
+
+
+@kernel
+def add_sums(sums: Any, totals: Any) -> None:
+    """Add (4, n_blocks) float32 to (4,) float64, block after block: threads that do so do not wait for each other."""
+    source, decoded, product, error = totals
+    for b in range(sums.shape[1]):
+        source += np.float64(sums[0, b])
+        decoded += np.float64(sums[1, b])
+        product += np.float64(sums[2, b])
+        error += np.float64(sums[3, b])
+    totals[0], totals[1], totals[2], totals[3] = source, decoded, product, error

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from hlwq_formats.dtypes import ITEM_BITS
+from hlwq_formats.dtypes import BIT_PATTERNS, ITEM_BITS, narrow
 from hlwq_formats.dtypes import widen as widen_bytes
-from hlwq_formats.layout import BLOCK
 
 from .block import load_block, widen
 from .compiled import kernel
-from .tables import KINDS, items_of
+from .tables import KINDS, items_of, whole_blocks
 from .vectors import load, ones, select, splat, store
 
 _MAGNITUDE = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
@@ -70,9 +69,7 @@ class RowEnergies:
     def add(self, raw: bytes | memoryview) -> None:
         """The next piece."""
         count = len(raw) * 8 // ITEM_BITS[self._dtype]
-        if lacking := -len(raw) % (BLOCK * ITEM_BITS[self._dtype] // 8):
-            raw = bytes(raw) + bytes(lacking)
-        items = items_of(raw, self._dtype)
+        items = whole_blocks(raw, self._dtype)
         _add_energies(items, count, self._kind, self._row, self._start, self._sums, self.energies)
         self._start += count
 
@@ -83,3 +80,17 @@ def survey_weights(raw: bytes | memoryview, dtype: str) -> tuple[float, int]:
     items = items_of(raw, dtype)  # without their signs, bit patterns are in the order of the values
     largest, zeros = _survey(items, _MAGNITUDE[dtype])
     return float(widen_bytes(items.dtype.type(largest).tobytes(), dtype)[0]), zeros
+
+
+@kernel
+def _find(items: Any, mask: int, wanted: int) -> int:
+    for i in range(len(items)):
+        if int(items[i]) & mask == wanted:
+            return i
+    return len(items)
+
+
+def find_magnitude(raw: bytes | memoryview, dtype: str, magnitude: float) -> int:
+    """The index of the first weight of this magnitude."""
+    bits = int(narrow(np.array([magnitude], np.float32), dtype).view(BIT_PATTERNS[dtype])[0])
+    return int(_find(items_of(raw, dtype), _MAGNITUDE[dtype], bits))

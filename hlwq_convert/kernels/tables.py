@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hlwq_formats.dtypes import BIT_PATTERNS
+from hlwq_formats.dtypes import BIT_PATTERNS, ITEM_BITS
+from hlwq_formats.layout import BLOCK
 
 from .block import BF16, F16, F32
 
@@ -15,8 +16,17 @@ KINDS = {"BF16": BF16, "F16": F16, "F32": F32}
 
 
 def items_of(raw: bytes | memoryview, dtype: str) -> NDArray[np.unsignedinteger]:
-    """The bit patterns of weights, uint32 for F32 and else uint16."""
-    return np.frombuffer(raw, BIT_PATTERNS[dtype])
+    """The bit patterns of weights, uint32 for F32 and else uint16, read-only: kernels are compiled for that."""
+    items = np.frombuffer(raw, BIT_PATTERNS[dtype])
+    items.flags.writeable = False
+    return items
+
+
+def whole_blocks(raw: bytes | memoryview, dtype: str) -> NDArray[np.unsignedinteger]:
+    """The same with zeros behind the end of the last block."""
+    if lacking := -len(raw) % (BLOCK * ITEM_BITS[dtype] // 8):
+        raw = bytes(raw) + bytes(lacking)
+    return items_of(raw, dtype)
 
 
 def table_rows(values: NDArray[np.float32], fill: float) -> Rows:

@@ -21,7 +21,7 @@ from .compiled import kernel, part
 from .counts import count_magnitudes
 from .measure import measure_block
 from .rans import AHEAD, STRIDE, KernelTables, decode_turns, encode
-from .tables import KINDS, items_of
+from .tables import KINDS, whole_blocks
 from .transpose import transpose
 from .vectors import load, select, splat, store
 from .viterbi import search
@@ -159,20 +159,15 @@ def _all_steps(
         store_block(steps, 128 * b, rotated)
 
 
-def load_steps(raw: bytes, start: int, code: TrellisCode) -> NDArray[np.float32]:
+def load_steps(raw: bytes | memoryview, start: int, code: TrellisCode) -> NDArray[np.float32]:
     """trellis.to_steps for source bytes, weights from flat index `start`: (n_blocks * 128,) float32."""
-    items = _whole_blocks(raw, code.dtype)
+    items = whole_blocks(raw, code.dtype)
     steps = np.empty(len(items), np.float32)
     _all_steps(
         items, KINDS[code.dtype], power_of_two(-code.exponent), inverse_scales(code.row_scales), code.row, start,
         code.signs, code.per_step, steps,
     )  # fmt: skip
     return steps
-
-
-def _whole_blocks(raw: bytes, dtype: str) -> NDArray[np.unsignedinteger]:
-    """Bit patterns of weights with zeros behind the end of the last block."""
-    return items_of(raw + bytes(-len(raw) % (BLOCK * ITEM_BITS[dtype] // 8)), dtype)
 
 
 def search_segments(coordinates: NDArray[np.float32], factor: np.float32, states: int) -> NDArray[np.int32]:
@@ -182,9 +177,9 @@ def search_segments(coordinates: NDArray[np.float32], factor: np.float32, states
     return indices.reshape(coordinates.shape)
 
 
-def find_indices(raw: bytes, start: int, code: TrellisCode) -> NDArray[np.int32]:
+def find_indices(raw: bytes | memoryview, start: int, code: TrellisCode) -> NDArray[np.int32]:
     """(n_blocks * 128,) indices of source bytes, weights from flat index `start`."""
-    items = _whole_blocks(raw, code.dtype)
+    items = whole_blocks(raw, code.dtype)
     indices = np.empty(len(items), np.int32)
     _find_indices(
         items, KINDS[code.dtype], power_of_two(-code.exponent), inverse_scales(code.row_scales), code.row, start,
@@ -193,21 +188,21 @@ def find_indices(raw: bytes, start: int, code: TrellisCode) -> NDArray[np.int32]
     return indices
 
 
-FindIndices = Callable[[bytes, int], NDArray[np.int32]]
+FindIndices = Callable[[bytes | memoryview, int], NDArray[np.int32]]
 """find_indices for one tensor, by this or another device."""
 
 
-def encoder(code: TrellisCode, find: FindIndices | None = None) -> Callable[[bytes, int], EncodedIndices]:
+def encoder(code: TrellisCode, find: FindIndices | None = None) -> Callable[[bytes | memoryview, int], EncodedIndices]:
     """trellis.quantize for chunks of one tensor: source bytes and the flat index of their first weight in,
     EncodedIndices out. `find` searches instead of find_indices."""
     tables = KernelTables(code.pairs)
     scales = code.unit * scale_values(code.row_scales)
 
-    def encode_chunk(raw: bytes, start: int) -> EncodedIndices:
+    def encode_chunk(raw: bytes | memoryview, start: int) -> EncodedIndices:
         indices = find_indices(raw, start, code) if find is None else find(raw, start)
         count, n_blocks = len(raw) * 8 // ITEM_BITS[code.dtype], len(indices) // BLOCK
         sums, checksums = np.empty((4, n_blocks), np.float32), np.empty(n_blocks, np.uint32)
-        items = _whole_blocks(raw, code.dtype)
+        items = whole_blocks(raw, code.dtype)
         _measure(
             items, count, KINDS[code.dtype], power_of_two(-code.exponent), scales, code.row, start, code.signs,
             indices, CHECKSUM_WEIGHTS, sums, checksums,

@@ -16,12 +16,12 @@ from ..quantize import ScalarCode
 from ..rotate import sign_vector
 from ..trellis import fit as fit_trellis
 from ..trellis import plain_code
-from .checksum import checksums
+from .checksum import checksums, combine
 from .decode import decoder
 from .encode import encoder
 from .fit import fit
 from .packing import pack
-from .survey import RowEnergies, survey_weights
+from .survey import RowEnergies, find_magnitude, survey_weights
 from .tables import table_rows
 from .trellis import decoder as trellis_decoder
 from .trellis import encoder as trellis_encoder
@@ -45,11 +45,12 @@ def warm_up(scalar: Iterable[tuple[str, int]], trellis: Iterable[str]) -> float:
         done.add(variant)
         items = np.zeros(BLOCK, BIT_PATTERNS[dtype])
         survey_weights(items.tobytes(), dtype)
+        find_magnitude(items.tobytes(), dtype, 0.0)
         fit(items.tobytes(), dtype, 0, sign_vector(), bits)
         code = ScalarCode(dtype, bits, 0, normal_levels(bits), sign_vector())
         chunk = encoder(code)(items.tobytes())
         decoder(code, dtype)(bytes(chunk.codes), np.frombuffer(chunk.scales, np.float16), items)
-        checksums(items)
+        combine(checksums(items))
         pack(np.zeros(BLOCK, np.uint8), bits)
     return time.perf_counter() - began
 
@@ -57,6 +58,7 @@ def warm_up(scalar: Iterable[tuple[str, int]], trellis: Iterable[str]) -> float:
 def _warm_up_trellis(dtype: str) -> None:
     items = np.zeros(BLOCK, BIT_PATTERNS[dtype])
     survey_weights(items.tobytes(), dtype)
+    find_magnitude(items.tobytes(), dtype, 0.0)
     energies = RowEnergies(dtype, BLOCK, 1)
     energies.add(items.tobytes())
     plain = plain_code(dtype, BLOCK, 8, 0, 1.0, np.zeros(1, np.uint8), sign_vector())
@@ -66,4 +68,4 @@ def _warm_up_trellis(dtype: str) -> None:
     code = fit_trellis(plain, steps, steps.astype(np.int32))
     (chunk,) = trellis_encoder(code)(items.tobytes(), 0).chunks
     trellis_decoder(code, dtype)(chunk, 0, items)
-    checksums(items)
+    combine(checksums(items))

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,9 +21,12 @@ from hlwq_formats.dtypes import ITEM_BITS
 from hlwq_formats.errors import NoDevice, escape
 from hlwq_formats.layout import BLOCK
 
+from ..device import Encode, MakeEncoder
 from ..quantize import EncodedChunk, ScalarCode
-from ..survey import Encode, MakeEncoder
 from ..trellis import TrellisCode
+
+if TYPE_CHECKING:
+    from .launch import DeviceEncoder, Room
 
 TRELLIS_RUN = 64
 """Chunks of a trellis that are decoded at once: each takes a warp some milliseconds."""
@@ -64,6 +68,11 @@ def find_devices(device: str) -> list[torch.device]:
     return [torch.device("cuda", i) for i in (range(count) if index is None else [index])]
 
 
+def pinned(size: int) -> memoryview:
+    """Memory from which a GPU copies while the thread goes on."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
+
+
 class _Lane:
     """What one thread works with on one GPU: a stream, and pinned buffers that it takes in turn."""
 
@@ -73,7 +82,8 @@ class _Lane:
         self._free = [torch.cuda.Event() for _ in range(_DEPTH)]
         self._next = 0
         self._claimed = self._buffers[0]
-        self.back = torch.empty(0, dtype=torch.uint8)
+        self._back = torch.empty(0, dtype=torch.uint8)
+        self._room: Room | None = None
 
     def claim(self, size: int) -> NDArray[np.uint8]:
         """Pinned memory of so many bytes, to be filled and sent: what it held before has been copied."""
@@ -90,13 +100,20 @@ class _Lane:
         self._next = (self._next + 1) % _DEPTH
         return sent
 
-    def fetch(self, result: torch.Tensor) -> torch.Tensor:
+    def fetch(self, result: torch.Tensor) -> NDArray[np.uint8]:
         """A host copy of bytes that the stream is writing, good until the next call."""
-        if len(self.back) < len(result):
-            self.back = torch.empty(len(result), dtype=torch.uint8, pin_memory=True)
-        fetched = self.back[: len(result)].copy_(result, non_blocking=True)
+        if self._back.shape != result.shape:
+            self._back = torch.empty(len(result), dtype=torch.uint8, pin_memory=True)
+        self._back.copy_(result, non_blocking=True)
         self.stream.synchronize()
-        return fetched
+        return self._back.numpy()
+
+    def room(self, encoder: DeviceEncoder, n_blocks: int) -> Room:
+        """Where to encode so many blocks: mostly that of the last call. Every call of torch lets go of the interpreter
+        and has to wait, with many threads, to get it back."""
+        if self._room is None or not encoder.fits(self._room, n_blocks):
+            self._room = encoder.room(n_blocks)
+        return self._room
 
 
 _of_thread = threading.local()
@@ -125,8 +142,8 @@ def make_encoders(device: str) -> MakeEncoder:
     return make
 
 
-def encoder(code: ScalarCode, device: torch.device) -> Callable[[bytes], EncodedChunk]:
-    """quantize.quantize for chunks of one tensor on a GPU, with the same bits."""
+def encoder(code: ScalarCode, device: torch.device) -> Callable[[bytes | memoryview], EncodedChunk]:
+    """quantize.quantize for chunks of one tensor on a GPU, with the same bits; fastest from `pinned` memory."""
     from ..kernels.encode import encoder as encoder_on_cpu
     from ..kernels.encode import join
     from .launch import DeviceEncoder
@@ -134,17 +151,18 @@ def encoder(code: ScalarCode, device: torch.device) -> Callable[[bytes], Encoded
     on_device, on_cpu = DeviceEncoder(code, device), encoder_on_cpu(code)
     block_bytes = BLOCK * ITEM_BITS[code.dtype] // 8
 
-    def encode(raw: bytes) -> EncodedChunk:
+    def encode(raw: bytes | memoryview) -> EncodedChunk:
         n_blocks = len(raw) // block_bytes
         if n_blocks == 0:
             return on_cpu(raw)
+        whole = memoryview(raw)[: n_blocks * block_bytes]
         lane = _lane(device)
-        with torch.cuda.device(device), torch.cuda.stream(lane.stream):
-            lane.claim(n_blocks * block_bytes)[:] = np.frombuffer(raw, np.uint8, n_blocks * block_bytes)
-            items = lane.send()
-            result = torch.empty(on_device.result_bytes(n_blocks), dtype=torch.uint8, device=device)
-            on_device.encode(items.view(torch.int32), n_blocks, result)
-            chunk = EncodedChunk(*on_device.split_result(n_blocks, lane.fetch(result)))
+        with torch.cuda.stream(lane.stream):  # and its GPU
+            room = lane.room(on_device, n_blocks)
+            source = torch.frombuffer(bytearray(whole) if whole.readonly else whole, dtype=torch.int32)
+            room.items.copy_(source, non_blocking=True)
+            on_device.encode(room.items, room.parts)
+            chunk = EncodedChunk(*on_device.split_result(n_blocks, lane.fetch(room.result)))
         rest = raw[n_blocks * block_bytes :]
         return join(chunk, on_cpu(rest)) if rest else chunk  # the padded block, once a tensor
 
@@ -158,7 +176,7 @@ def trellis_encoder(code: TrellisCode, device: torch.device) -> Encode:
 
     on_device = DeviceSearch(code, device)
 
-    def find(raw: bytes, start: int) -> NDArray[np.int32]:
+    def find(raw: bytes | memoryview, start: int) -> NDArray[np.int32]:
         n_blocks = -(-len(raw) * 8 // (ITEM_BITS[code.dtype] * BLOCK))
         lane = _lane(device)
         with torch.cuda.device(device), torch.cuda.stream(lane.stream):
@@ -166,7 +184,7 @@ def trellis_encoder(code: TrellisCode, device: torch.device) -> Encode:
             claimed[: len(raw)] = np.frombuffer(raw, np.uint8)
             claimed[len(raw) :] = 0
             indices = on_device.find(lane.send().view(torch.int32), start, n_blocks)
-            return lane.fetch(indices[: n_blocks * BLOCK].view(torch.uint8)).numpy().view(np.int32)
+            return lane.fetch(indices[: n_blocks * BLOCK].view(torch.uint8)).view(np.int32)
 
     return encoder_on_cpu(code, find)
 

@@ -10,11 +10,14 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from hlwq_formats.dtypes import ITEM_BITS
+from hlwq_formats.layout import BLOCK
 
 from ..kernels import triton_block
 from ..kernels.triton_decode import decode_blocks
@@ -117,6 +120,26 @@ class DeviceCode:
             )
 
 
+class Parts(NamedTuple):
+    """What becomes of blocks on a device: the fields of EncodedChunk, packed codes as int32."""
+
+    packed: torch.Tensor
+    sums: torch.Tensor
+    checksums: torch.Tensor
+    scales: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """Memory of a device for some blocks, as int32, and for what becomes of them: `parts` of `result`."""
+
+    dtype: str
+    bits: int
+    items: torch.Tensor
+    result: torch.Tensor
+    parts: Parts
+
+
 class DeviceEncoder(DeviceCode):
     """The same for encoding."""
 
@@ -136,32 +159,47 @@ class DeviceEncoder(DeviceCode):
         self._penalty = float(penalty_of(code.effort, code.bits))
         self._to_unit = float(power_of_two(-code.exponent))
         self._factors, self._in_pairs = signs_of(code, device)
-        self._dtype = code.dtype
+        self.dtype = code.dtype
 
     def result_bytes(self, n_blocks: int) -> int:
         """Bytes that `encode` writes for so many blocks."""
-        return n_blocks * (16 * self.bits + 16 + 4 + 2)
+        return sum(self._lengths(n_blocks))
 
-    def encode(self, items: torch.Tensor, n_blocks: int, result: torch.Tensor) -> None:
-        """Code n_blocks blocks of weights, as int32, and write to `result`, (result_bytes,) uint8, what
-        split_result takes apart; both aligned to 16 bytes."""
-        packed, sums, checksums, scales = self._parts(n_blocks, result)
-        with launching(encode_blocks, self._dtype, self.bits, len(self._gains), self._find, self._in_pairs):
+    def room(self, n_blocks: int) -> Room:
+        """Memory for so many blocks and what becomes of them."""
+        words = n_blocks * BLOCK * ITEM_BITS[self.dtype] // 32
+        result = torch.empty(self.result_bytes(n_blocks), dtype=torch.uint8, device=self._levels.device)
+        items = torch.empty(words, dtype=torch.int32, device=result.device)
+        return Room(self.dtype, self.bits, items, result, self.parts(n_blocks, result))
+
+    def fits(self, room: Room, n_blocks: int) -> bool:
+        """Whether that is what `room` would give."""
+        return (room.dtype, room.bits, len(room.parts.scales)) == (self.dtype, self.bits, n_blocks)
+
+    def encode(self, items: torch.Tensor, parts: Parts) -> None:
+        """Code blocks of weights, as int32 aligned to 16 bytes, and write what becomes of them to `parts`."""
+        n_blocks = len(parts.scales)
+        with launching(encode_blocks, self.dtype, self.bits, len(self._gains), self._find, self._in_pairs):
             encode_blocks[-(-n_blocks // ENCODED_ROWS),](
                 items, self._to_unit, self._unit, self._factors, self._levels, self._above, self._cells, self._per_cell,
-                self._first, self._gains, self._penalty, packed.view(torch.int32), scales.view(torch.float16),
-                sums.view(torch.float32), checksums.view(torch.int32), n_blocks, kind=triton_block.KINDS[self._dtype],
-                bits=self.bits, n_gains=len(self._gains), find=self._find, in_pairs=self._in_pairs, **ENCODING,
+                self._first, self._gains, self._penalty, parts.packed, parts.scales, parts.sums, parts.checksums,
+                n_blocks, kind=triton_block.KINDS[self.dtype], bits=self.bits, n_gains=len(self._gains),
+                find=self._find, in_pairs=self._in_pairs, **ENCODING,
             )  # fmt: skip
 
+    def parts(self, n_blocks: int, result: torch.Tensor) -> Parts:
+        """Where in `result`, (result_bytes,) uint8 aligned to 16 bytes, `encode` is to write for so many blocks."""
+        parts = torch.split(result, self._lengths(n_blocks))
+        dtypes = torch.int32, torch.float32, torch.int32, torch.float16
+        return Parts(*(part.view(dtype) for part, dtype in zip(parts, dtypes, strict=True)))
+
     def split_result(
-        self, n_blocks: int, result: torch.Tensor
+        self, n_blocks: int, result: NDArray[np.uint8]
     ) -> tuple[memoryview, memoryview, NDArray[np.float32], NDArray[np.uint32]]:
-        """What EncodedChunk holds, of a copy of a result of `encode` in host memory."""
-        # by NumPy, which lets other threads go on meanwhile
-        copied = torch.from_numpy(result.numpy().copy())
-        packed, sums, checksums, scales = (part.numpy() for part in self._parts(n_blocks, copied))
+        """What EncodedChunk holds, of a result of `encode` in host memory, which is copied."""
+        copied, ends = result.copy(), np.cumsum(self._lengths(n_blocks))
+        packed, sums, checksums, scales = np.split(copied, ends[:-1])
         return packed.data, scales.data, sums.view(np.float32).reshape(4, n_blocks), checksums.view(np.uint32)
 
-    def _parts(self, n_blocks: int, result: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.split(result, [n_blocks * 16 * self.bits, n_blocks * 16, n_blocks * 4, n_blocks * 2])
+    def _lengths(self, n_blocks: int) -> list[int]:
+        return [n_blocks * 16 * self.bits, n_blocks * 16, n_blocks * 4, n_blocks * 2]

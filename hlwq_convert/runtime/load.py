@@ -129,6 +129,8 @@ def iter_reader(
     users = Counter((tensor.name, dtype) for tensor, dtype in parts)
     first = dict.fromkeys((tensor.name, dtype) for tensor, dtype in parts)
     wanted = [(reader.stored_tensor(name), dtype) for name, dtype in first]
+    for tensor, _ in wanted:
+        _type_of(reader, tensor)  # an error names the first in the file, whatever is read first
     shared: dict[tuple[str, torch.dtype | None], torch.Tensor] = {}
     with ThreadPoolExecutor(workers, "hlwq") as pool:
         device = torch.device(device)
@@ -195,9 +197,7 @@ def _tasks(reader: Reader, tensors: Sequence[_Wanted], device: torch.device) -> 
     """Tasks that fill each tensor, then one that returns it: made only when its digests have matched."""
     kernels = device.type == "cpu" or (device.type == "cuda" and can_run_kernels())
     for tensor, dtype in tensors:
-        own = TORCH.get(tensor.dtype)
-        if own is None:
-            raise UnsupportedDtype(f"torch has no type for {tensor.dtype}", file=reader.path, tensor=tensor.name)
+        own = _type_of(reader, tensor)
         wanted = dtype if dtype is not None and own.is_floating_point else own
         if isinstance(tensor, md.RawTensor):
             yield partial(_load_raw, reader, tensor, own, wanted, device)
@@ -215,6 +215,12 @@ def _tasks(reader: Reader, tensors: Sequence[_Wanted], device: torch.device) -> 
         else:
             yield from _device_tasks(reader, tensor, result)
         yield partial(_Loaded, result.reshape(tensor.shape), wanted)
+
+
+def _type_of(reader: Reader, tensor: md.StoredTensor) -> torch.dtype:
+    if tensor.dtype not in TORCH:
+        raise UnsupportedDtype(f"torch has no type for {tensor.dtype}", file=reader.path, tensor=tensor.name)
+    return TORCH[tensor.dtype]
 
 
 def _load_raw(
