@@ -73,6 +73,21 @@ def test_a_gpu_writes_and_loads_trellises_as_the_cpu_does(tmp_path: Path, effort
             assert torch.equal(tensor.cpu().view(torch.uint8), expected[name].view(torch.uint8)), name
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs here: scripts/test_gpu runs these on two")
+@pytest.mark.parametrize("options", [{"bits": 5}, {"bpw": 6.0}], ids=["scalar", "trellis"])
+def test_two_gpus_write_and_load_what_the_cpu_does(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Together, and the second one alone."""
+    model, cpu, on_gpu = odd_model(tmp_path / "model"), tmp_path / "cpu.hlwq", tmp_path / "gpu.hlwq"
+    h.convert(model, cpu, effort="fast", **options)
+    for device in ("cuda", "cuda:1"):
+        h.convert(model, on_gpu, effort="fast", device=device, overwrite=True, **options)
+        assert on_gpu.read_bytes() == cpu.read_bytes()
+    expected, found = h.load_state_dict(cpu), h.load_state_dict(cpu, device="cuda:1")
+    assert {str(tensor.device) for tensor in found.values()} == {"cuda:1"}
+    for name, tensor in found.items():
+        assert torch.equal(tensor.cpu().view(torch.uint8), expected[name].view(torch.uint8)), name
+
+
 VECTORS = Path(__file__).parents[1] / "spec" / "vectors"
 each_vector = pytest.mark.parametrize(  # a test each: most compile a kernel of their own
     "path",

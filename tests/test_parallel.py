@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
 import pytest
 
-from hlwq_convert.parallel import InOrder, _cgroup_quota, default_workers, ordered_map, take_turns
+from hlwq_convert.parallel import Helpers, InOrder, _cgroup_quota, default_workers, ordered_map, take_turns
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -167,3 +168,38 @@ def test_a_piece_is_taken_when_all_up_to_it_have_been_brought() -> None:
     with ThreadPoolExecutor(4) as pool:
         for piece in ordered_map(pool, 8, bring, range(60)):
             assert taken[: piece + 1] == list(range(piece + 1))
+
+
+def test_helpers_take_what_a_thread_has_too_much_of() -> None:
+    """When none is free it does the work itself; when they have stopped all is done."""
+    helpers, free, done = Helpers(1), threading.Event(), list[tuple[str, bool]]()
+    own = threading.get_ident()
+
+    def work(name: str) -> None:
+        if threading.get_ident() != own:
+            free.wait(30)
+        done.append((name, threading.get_ident() == own))
+
+    helpers.give(partial(work, "before"))
+    with ThreadPoolExecutor(1) as pool:
+        (helping,) = [pool.submit(task) for task in helpers.tasks()]
+        while helpers._free._value == 0:
+            time.sleep(0.001)
+        helpers.give(partial(work, "given"))
+        helpers.give(partial(work, "kept"))
+        free.set()
+        helpers.stop()
+    assert helping.result() is None
+    assert done == [("before", True), ("kept", True), ("given", False)]
+
+
+def test_an_error_of_a_helper_is_one_of_its_task() -> None:
+    helpers = Helpers(1)
+    with ThreadPoolExecutor(1) as pool:
+        (helping,) = [pool.submit(task) for task in helpers.tasks()]
+        while helpers._free._value == 0:
+            time.sleep(0.001)
+        helpers.give(lambda: 1 // 0)
+        helpers.stop()
+    with pytest.raises(ZeroDivisionError):
+        helping.result()
