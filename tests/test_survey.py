@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from models import normal, tensor, write_model
 
 import hlwq_convert as h
+from hlwq_convert import store
 from hlwq_convert.device import Device, Encode
 from hlwq_convert.kernels.encode import encoder
 from hlwq_convert.kernels.fit import fit
+from hlwq_convert.kernels.survey import find_magnitude, survey_weights
 from hlwq_convert.plan import Choice
 from hlwq_convert.quantize import CHUNK, ScalarCode, choose_exponent
 from hlwq_convert.rotate import fwht, sign_vector
 from hlwq_convert.scalar import Effort
 from hlwq_convert.source import open_source
+from hlwq_convert.source_digests import digest_tensor
 from hlwq_convert.survey import _SAFE, survey
 from hlwq_convert.trellis import TrellisCode
 from hlwq_formats.dtypes import narrow
 from hlwq_formats.files import new_memory
+from hlwq_formats.safetensors_dir import ModelDir, SourceTensor
 
 
 def blocks(largest: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
@@ -79,3 +84,33 @@ def test_an_encoder_is_made_once(tmp_path: Path) -> None:
     device = Device(make_encoder, new_memory, CHUNK)
     survey(source.model, source.tensors[0], choices, "default", "error", device)
     assert made == [3, 5]
+
+
+@pytest.mark.parametrize("dtype", sorted(_SAFE))
+def test_the_first_weight_of_a_magnitude_is_found(dtype: str) -> None:
+    """Of either sign."""
+    values = np.random.default_rng(2).uniform(-0.5, 0.5, 1000).astype(np.float32)
+    values[[300, 700]] = -1, 1
+    raw = narrow(values, dtype).tobytes()
+    assert find_magnitude(raw, dtype, survey_weights(raw, dtype)[0]) == 300
+    assert find_magnitude(raw[301 * len(raw) // 1000 :], dtype, 1.0) == 399
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"bpw": 6.0}], ids=["scalar", "trellis"])
+def test_a_large_tensor_is_hashed_by_a_task_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """The file is the same, with the digest of each source."""
+    source = write_model(tmp_path / "m", {"a": normal((300, 128), 1), "b": normal((64, 96), 2), "n": normal((96,), 3)})
+    h.convert(source, tmp_path / "together.hlwq", effort="fast", **options)
+    hashed: list[str] = []
+
+    def digest(model: ModelDir, tensor: SourceTensor, *how: Any) -> str:
+        hashed.append(tensor.name)
+        return digest_tensor(model, tensor, *how)
+
+    monkeypatch.setattr(store, "_TOGETHER", 64 * 96)
+    monkeypatch.setattr(store, "digest_tensor", digest)
+    h.convert(source, tmp_path / "alone.hlwq", effort="fast", **options)
+    assert sorted(set(hashed)) == ["a", "b"]
+    assert (tmp_path / "alone.hlwq").read_bytes() == (tmp_path / "together.hlwq").read_bytes()
